@@ -1,0 +1,199 @@
+"""Checkpoints on disk: a directory that is complete or not there.
+
+    step-00000300/            files are written to step-00000300.tmp-<random>, fsynced, and renamed
+        state.pt              Lightning's checkpoint: weights, optimizer, schedule, loops, callbacks, data position
+        tokenizer.json        so that a checkpoint generates and evaluates by itself
+        manifest.json         format version, bytes and sha256 of each file, and the metadata; written last
+
+A checkpoint is valid when its manifest is there and every file matches it. Nothing is ever overwritten.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modules.errors import InputError
+
+if TYPE_CHECKING:
+    from datamodules.tokenizer import Tokenizer
+    from modules.layers.transformer import Transformer
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STATE = "state.pt"
+TOKENIZER = "tokenizer.json"
+_NAME = re.compile(r"step-(\d+)(?:-stage-(\d+))?(?:\.(\d+))?")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint's network (evaluation mode, float32, CPU), tokenizer and metadata."""
+
+    network: "Transformer"
+    tokenizer: "Tokenizer"
+    metadata: dict[str, Any]
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any], tokenizer_json: str, metadata: Mapping[str, Any]) -> None:
+    """Write a checkpoint directory: aside, fsynced, then renamed.
+
+    Raises:
+        FileExistsError: `path` is there already.
+    """
+    import torch
+
+    if path.exists():
+        raise FileExistsError(f"checkpoint {path} exists already, and checkpoints are never overwritten")
+    aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    aside.mkdir(parents=True)
+    try:
+        with (aside / STATE).open("wb") as file:
+            torch.save(dict(state), file)
+        (aside / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        files = {name: _fingerprint(aside / name) for name in (STATE, TOKENIZER)}
+        manifest = {"format_version": FORMAT_VERSION, "files": files, "metadata": dict(metadata)}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        for name in (STATE, TOKENIZER, MANIFEST):
+            _fsync(aside / name)
+        _fsync(aside)
+        aside.rename(path)
+        _fsync(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a checkpoint, after checking that it is one and that its files have their sizes.
+
+    Raises:
+        InputError: no checkpoint, a newer format, or a broken one.
+    """
+    return _read_manifest(path)["metadata"]
+
+
+def verify(path: Path) -> None:
+    """Compare every file with its sha256; raises `InputError` naming the first that differs."""
+    for name, expected in _read_manifest(path)["files"].items():
+        if _fingerprint(path / name) != expected:
+            raise InputError(
+                f"checkpoint {path} is damaged: {name} does not match its sha256; use an older checkpoint beside it"
+            )
+
+
+def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Lightning's checkpoint dictionary, verified, and read with `weights_only` (no pickled code runs)."""
+    import torch
+
+    verify(path)
+    return torch.load(path / STATE, map_location=map_location, weights_only=True)
+
+
+def load_model(path: Path) -> LoadedModel:
+    """The network and tokenizer of a checkpoint, for generation and evaluation."""
+    import torch
+
+    from datamodules.tokenizer import Tokenizer
+    from modules.config import ModelConfig
+    from modules.layers.transformer import Transformer
+
+    metadata = read_metadata(path)
+    weights = load_state(path)["state_dict"]
+    with torch.device("meta"):
+        network = Transformer(ModelConfig.from_dict(metadata["architecture"]))
+    prefix = "network."
+    network.load_state_dict({k.removeprefix(prefix): v.float() for k, v in weights.items()}, assign=True)
+    tokenizer = Tokenizer.from_json((path / TOKENIZER).read_text(encoding="utf-8"))
+    return LoadedModel(network.eval(), tokenizer, metadata)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, its manifest first: an interrupted deletion leaves nothing that looks valid."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoint_name(step: int, stage: int | None = None) -> str:
+    """`step-00000300`, or `step-00000300-stage-1` for the state right behind a transition at that step."""
+    return f"step-{step:08d}" + ("" if stage is None else f"-stage-{stage}")
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoint directories with a manifest, oldest first."""
+    found = [(_order(path.name), path) for path in _directories(directory) if (path / MANIFEST).is_file()]
+    return [path for order, path in sorted(found) if order is not None]
+
+
+def newest_valid(directory: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint that verifies, and the damaged ones that were passed over."""
+    damaged = []
+    for path in reversed(list_checkpoints(directory)):
+        try:
+            verify(path)
+        except InputError:
+            damaged.append(path)
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that matter for reading a checkpoint or repeating a run."""
+    import lightning
+    import torch
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
+
+
+def _directories(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else iter(())
+
+
+def _order(name: str) -> tuple[int, int, int] | None:
+    match = _NAME.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2] or 0), int(match[3] or 0))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if "://" in str(path):
+        raise InputError(f"checkpoint {path} is an address, and only local directories are read; copy it here first")
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"{path} is not a checkpoint: it holds no {MANIFEST}; give a directory such as RUN/checkpoints/step-…")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["format_version"], manifest["files"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}); use an older one") from None
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"checkpoint {path} has format version {version}, and this growmoe reads up to {FORMAT_VERSION}; update growmoe"
+        )
+    for name, expected in files.items():
+        size = (path / name).stat().st_size if (path / name).is_file() else 0
+        if size != expected["bytes"]:
+            raise InputError(
+                f"checkpoint {path} is damaged: {name} has {size} bytes instead of {expected['bytes']}; use an older one"
+            )
+    return manifest
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,186 @@
+"""The shape of a model: frozen dataclasses, checked when they are made.
+
+Derived sizes are properties and never stored, so a grown configuration is one `dataclasses.replace`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from modules.errors import InputError
+
+
+def require_positive(**values: int | float) -> None:
+    """Raise `InputError` for the first value below 1 (integers) or not above 0 (floats)."""
+    for name, value in values.items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"{name}={value} must be at least 1; give a positive number")
+        if not value > 0 or not math.isfinite(value):
+            raise InputError(f"{name}={value} must be a finite number above 0; give a positive number")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Which feed-forward layers are routed, and how (dropless top-k softmax routing)."""
+
+    num_experts: int = 8
+    """experts in each routed layer (E)"""
+    top_k: int = 2
+    """experts that each token visits (K)"""
+    expert_dim: int | None = None
+    """hidden width of one expert (F); empty: the width of the dense feed-forward"""
+    every: int = 1
+    """every n-th layer is routed: layers n-1, 2n-1, ... counted from 0"""
+    layers: tuple[int, ...] | None = None
+    """the routed layers by number, counted from 0; takes the place of `every`"""
+    renormalize: bool = True
+    """divide the top-k probabilities by their sum (softmax over all experts comes first)"""
+    balance_loss_weight: float = 0.01
+    """weight of the load-balancing loss, which is averaged over routed layers"""
+    z_loss_weight: float = 0.001
+    """weight of the router z-loss, which is averaged over routed layers"""
+
+    def __post_init__(self) -> None:
+        require_positive(num_experts=self.num_experts, top_k=self.top_k, every=self.every)
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if self.top_k > self.num_experts:
+            raise InputError(
+                f"top_k={self.top_k} is more than num_experts={self.num_experts}; "
+                f"a token can visit each expert once: choose top_k <= {self.num_experts}"
+            )
+        for name in ("balance_loss_weight", "z_loss_weight"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"{name}={value} must be a finite number of at least 0; use 0 to switch it off")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one decoder (Llama-shaped: RMSNorm, RoPE, grouped-query attention, SwiGLU)."""
+
+    vocab_size: int
+    """entries of the vocabulary (V); taken from the data"""
+    dim: int = 144
+    """width of the residual stream (D)"""
+    num_layers: int = 4
+    """blocks"""
+    num_heads: int = 3
+    """query heads (H)"""
+    num_kv_heads: int | None = None
+    """key and value heads (grouped-query attention); empty: as many as query heads"""
+    head_dim: int | None = None
+    """channels of one head; empty: dim / num_heads"""
+    ffn_dim: int | None = None
+    """hidden width of the dense feed-forward (F); empty: 8/3 dim rounded up to a multiple of 8"""
+    max_seq_len: int = 2048
+    """the longest sequence that the model accepts, in tokens"""
+    rope_theta: float = 10000.0
+    """base of the rotary position embedding"""
+    norm_eps: float = 1e-5
+    """epsilon of RMSNorm"""
+    qkv_bias: bool = False
+    """biases on the query, key and value projections"""
+    qk_norm: bool = False
+    """RMSNorm on each query and key head"""
+    tie_embeddings: bool = False
+    """one matrix for the embedding and the output head"""
+    init_std: float = 0.02
+    """standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 num_layers)"""
+    moe: MoEConfig | None = None
+    """routed feed-forward layers; empty: every layer is dense"""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            vocab_size=self.vocab_size,
+            dim=self.dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            max_seq_len=self.max_seq_len,
+            rope_theta=float(self.rope_theta),
+            norm_eps=float(self.norm_eps),
+            init_std=float(self.init_std),
+        )
+        self._check_heads()
+        require_positive(ffn_dim=self.ffn_size)
+        if self.moe is not None:
+            self._check_moe(self.moe)
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Hidden width of the dense feed-forward."""
+        return 8 * math.ceil(self.dim / 3) if self.ffn_dim is None else self.ffn_dim
+
+    @property
+    def expert_size(self) -> int:
+        """Hidden width of one expert."""
+        return self.ffn_size if self.moe is None or self.moe.expert_dim is None else self.moe.expert_dim
+
+    @property
+    def routed_layers(self) -> tuple[int, ...]:
+        """The layers whose feed-forward is routed, counted from 0."""
+        if self.moe is None:
+            return ()
+        if self.moe.layers is not None:
+            return tuple(sorted(set(self.moe.layers)))
+        return tuple(range(self.moe.every - 1, self.num_layers, self.moe.every))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for checkpoints and logs; `from_dict` reads it back."""
+        record = asdict(self)
+        if self.moe is not None and self.moe.layers is not None:
+            record["moe"]["layers"] = list(self.moe.layers)
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "ModelConfig":
+        """The configuration that `to_dict` wrote."""
+        moe = record.get("moe")
+        return cls(**{**record, "moe": None if moe is None else MoEConfig(**moe)})
+
+    def _check_heads(self) -> None:
+        if self.head_dim is None and self.dim % self.num_heads:
+            near = [h for h in range(1, self.dim + 1) if self.dim % h == 0]
+            best = min(near, key=lambda h: abs(h - self.num_heads))
+            raise InputError(
+                f"dim={self.dim} is not divisible by num_heads={self.num_heads}; "
+                f"choose num_heads={best}, or set head_dim"
+            )
+        if self.head_dim is not None:
+            require_positive(head_dim=self.head_dim)
+        if self.head_size % 2:
+            raise InputError(
+                f"head_dim={self.head_size} is odd, and rotary positions turn pairs of channels; choose an even head_dim"
+            )
+        require_positive(num_kv_heads=self.kv_heads)
+        if self.num_heads % self.kv_heads:
+            raise InputError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.kv_heads}; "
+                f"choose num_kv_heads among the divisors of {self.num_heads}"
+            )
+
+    def _check_moe(self, moe: MoEConfig) -> None:
+        require_positive(expert_dim=self.expert_size)
+        outside = [layer for layer in self.routed_layers if not 0 <= layer < self.num_layers]
+        if outside or not self.routed_layers:
+            raise InputError(
+                f"moe with every={moe.every}, layers={moe.layers} names no layer, or one outside 0..{self.num_layers - 1} "
+                f"(num_layers={self.num_layers}); choose every <= {self.num_layers} or layers inside the model"
+            )
+        for name, size in (("dim", self.dim), ("expert_dim", self.expert_size)):
+            if size % 8:
+                raise InputError(
+                    f"{name}={size} of a routed layer is not a multiple of 8, which grouped matrix products need; "
+                    f"choose {name}={8 * round(size / 8) or 8}"
+                )

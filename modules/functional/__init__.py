@@ -1,0 +1,1 @@
+"""Pure functions: the mathematics of routing, losses, schedules and counts."""

@@ -1,0 +1,92 @@
+"""Cross-entropy of a large vocabulary without the logits of the whole batch.
+
+Letters: T tokens, D model, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""A target with this id counts for nothing."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are formed chunk by chunk in the forward pass, so that no chunk's logits outlive it.
+
+    One product less than recomputing under a checkpoint, and at most `chunk_rows` x V logits alive at once.
+    Its plain twin is in tests/reference.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_rows: int
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        losses_T = torch.empty(len(targets_T), dtype=wide, device=hidden_TD.device)
+        hidden_grad = torch.empty_like(hidden_TD) if wants_hidden else None
+        weight_grad = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
+        for start in range(0, len(targets_T), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = (hidden_TD[rows] @ weight_VD.T).to(wide)
+            losses_T[rows] = _negative_log_likelihood(logits, targets_T[rows])
+            if not (wants_hidden or wants_weight):
+                continue
+            slope = _logit_gradient(logits, targets_T[rows]).to(hidden_TD.dtype)
+            if hidden_grad is not None:
+                torch.mm(slope, weight_VD, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad.addmm_(slope.T, hidden_TD[rows]) if slope.dtype == wide else weight_grad.add_(
+                    slope.T @ hidden_TD[rows]
+                )
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(losses_T)
+        return losses_T.sum(), losses_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        scale = grads[0]
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
+            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_rows: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """Sum of the targets' negative log-likelihoods under softmax(hidden @ weight.T), in nats.
+
+    Args:
+        hidden_TD: final hidden states; under autocast they are cast to its type, as a linear layer's input would be.
+        weight_VD: the output head.
+        targets_T: target ids; `IGNORE_INDEX` counts for nothing.
+        chunk_rows: rows whose logits exist at one time.
+
+    Returns:
+        The sum (float32 or wider, differentiable) and the loss of each token (detached).
+    """
+    device_type = hidden_TD.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    with torch.autocast(device_type, enabled=False):
+        total, losses_T = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, chunk_rows)
+    return total, losses_T.detach()
+
+
+def _negative_log_likelihood(logits: Tensor, targets_T: Tensor) -> Tensor:
+    picked = logits.gather(1, targets_T.clamp_min(0)[:, None])[:, 0]
+    return (logits.logsumexp(dim=1) - picked).masked_fill(targets_T == IGNORE_INDEX, 0.0)
+
+
+def _logit_gradient(logits: Tensor, targets_T: Tensor) -> Tensor:
+    slope = logits.softmax(dim=1)
+    slope[torch.arange(len(targets_T), device=logits.device), targets_T.clamp_min(0)] -= 1
+    return slope.masked_fill_((targets_T == IGNORE_INDEX)[:, None], 0.0)

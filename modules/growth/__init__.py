@@ -1,0 +1,1 @@
+"""Growth: pure functions from the parameters of one architecture to those of a larger one."""

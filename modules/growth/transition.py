@@ -1,0 +1,201 @@
+"""A transition: what a stage of a recipe changes, and the network and optimizer state on its other side.
+
+The same code serves a transition inside a run and `growmoe grow` on a checkpoint.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from modules.config import ModelConfig, MoEConfig, require_positive
+from modules.errors import InputError
+from modules.growth.depth import Deepen
+from modules.growth.operation import Moments, ParameterSource, TensorSource
+from modules.growth.upcycle import Upcycle
+from modules.growth.width import Widen
+from modules.layers.transformer import Transformer
+from modules.optim import ParameterFactors
+
+OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq")
+"""AdamW's names for the first and the second moment."""
+
+
+@dataclass(frozen=True)
+class GrowthTarget:
+    """What the model becomes; what is left empty stays as it is (or follows from what changes, as in the model)."""
+
+    dim: int | None = None
+    """width of the residual stream (D)"""
+    num_layers: int | None = None
+    """blocks"""
+    num_heads: int | None = None
+    """query heads (H); a head keeps its channels"""
+    num_kv_heads: int | None = None
+    """key and value heads"""
+    ffn_dim: int | None = None
+    """hidden width of the dense feed-forward (F)"""
+    moe: MoEConfig | None = None
+    """turn feed-forward layers into experts"""
+
+    def widths(self) -> dict[str, int]:
+        """The widths that are given."""
+        fields = {name: getattr(self, name) for name in ("dim", "num_heads", "num_kv_heads", "ffn_dim")}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class GrowthStage:
+    """One transition: when it happens, what the model becomes, and how. Give `at_step` or `at_tokens`."""
+
+    target: GrowthTarget
+    """the architecture on the other side"""
+    at_step: int | None = None
+    """after this many optimizer steps"""
+    at_tokens: int | None = None
+    """at the first step after this many training tokens"""
+    split_noise: float = 0.0
+    """widening (iso): relative noise on split inputs that cancels exactly and makes copies part; 0 for none"""
+    upcycle: Literal["copy", "drop"] = "drop"
+    """experts are equal copies of the feed-forward, or copies with a share of neurons drawn anew"""
+    drop_ratio: float = 0.5
+    """drop: share of each expert's hidden neurons drawn anew"""
+    router_std: float = 0.02
+    """standard deviation of the new router's weights"""
+    optimizer_state: Literal["mapped", "reset"] = "mapped"
+    """carry Adam's moments over, scaled as the growth demands, or start them afresh"""
+    seed: int = 0
+    """seed of everything that is drawn in this transition"""
+
+    def __post_init__(self) -> None:
+        if (self.at_step is None) == (self.at_tokens is None):
+            raise InputError(
+                f"growth stage with at_step={self.at_step} and at_tokens={self.at_tokens} needs exactly one of them; "
+                "remove one or give one"
+            )
+        require_positive(**{"growth stage at_step or at_tokens": self.at_step or self.at_tokens or 0})
+        if not self.split_noise >= 0:
+            raise InputError(f"split_noise={self.split_noise} must be at least 0; 0.05 is usual")
+        if not 0 < self.drop_ratio <= 1:
+            raise InputError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; 0.5 is usual")
+
+    @property
+    def identity(self) -> str:
+        """Names the transition in checkpoints, so that it is applied once."""
+        trigger = f"step {self.at_step}" if self.at_step is not None else f"{self.at_tokens} tokens"
+        return f"{trigger}: {self.target}"
+
+
+def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterSource, list[str], list[str]]:
+    """Chain the operations that a stage needs: widen, then deepen, then upcycle.
+
+    Returns:
+        The grown source, the kinds of transition and the methods.
+
+    Raises:
+        InputError: the target is smaller than the source, cannot be reached, or changes nothing.
+    """
+    target, start = stage.target, source.config
+    _check_not_smaller(start, target)
+    grown, kinds, methods = source, [], []
+    wider = replace(start, **target.widths())
+    if wider != start:
+        grown = Widen(grown, wider, stage.split_noise, stage.seed)
+        kinds.append("widen")
+        methods.append("iso")
+    if target.num_layers is not None and target.num_layers != start.num_layers:
+        grown = Deepen(grown, target.num_layers)
+        kinds.append("deepen")
+        methods.append("zero_block")
+    if target.moe is not None and target.moe != start.moe:
+        drop = stage.drop_ratio if stage.upcycle == "drop" else 0.0
+        grown = Upcycle(grown, target.moe, drop, stage.router_std, stage.seed)
+        kinds.append("upcycle")
+        methods.append(stage.upcycle)
+    if not kinds:
+        raise InputError(f"growth stage at {stage.identity} changes nothing; give it a larger target or remove it")
+    return grown, kinds, methods
+
+
+def is_exact(target: ModelConfig, methods: list[str]) -> bool:
+    """True when the grown model computes the same function, up to rounding."""
+    renormalized = target.moe is None or target.moe.renormalize
+    return "drop" not in methods and ("copy" not in methods or renormalized)
+
+
+def target_config(source: ModelConfig, stage: GrowthStage) -> ModelConfig:
+    """The architecture after a stage, without touching weights; raises `InputError` as `build_chain` does."""
+    nothing = TensorSource(source, _unread, _unread, _unread)
+    return build_chain(nothing, stage)[0].config
+
+
+def network_source(
+    network: Transformer, state: Mapping[str, Mapping[str, Tensor]], factors: Mapping[str, ParameterFactors]
+) -> TensorSource:
+    """A network and its Adam state (by parameter name) as the start of a chain."""
+    weights = dict(network.named_parameters())
+
+    def read_moments(name: str) -> Moments | None:
+        if not state.get(name):
+            return None
+        first, second = (state[name][key] for key in OPTIMIZER_KEYS)
+        return Moments(first, second, float(state[name]["step"]))
+
+    return TensorSource(
+        network.config,
+        read_weight=lambda name: weights[name].detach(),
+        read_moments=read_moments,
+        read_factors=lambda name: factors.get(name, ParameterFactors()),
+    )
+
+
+@torch.no_grad()
+def materialize(grown: ParameterSource, device: torch.device | str) -> Transformer:
+    """A network with the grown parameters; no random number is drawn from the global generators."""
+    with torch.device("meta"):
+        network = Transformer(grown.config)
+    network.to_empty(device=device).to(grown.weight("final_norm.weight").dtype)
+    for name, parameter in network.named_parameters():
+        parameter.copy_(grown.weight(name))
+    return network
+
+
+def grown_factors(grown: ParameterSource, network: nn.Module) -> dict[str, ParameterFactors]:
+    """The factors of all parameters that have any."""
+    factors = {name: grown.factors(name) for name, _ in network.named_parameters()}
+    return {name: factor for name, factor in factors.items() if factor != ParameterFactors()}
+
+
+@torch.no_grad()
+def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Adam's state of the grown network, by parameter name; parameters that start afresh are left out."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in network.named_parameters():
+        moments = grown.moments(name)
+        if moments is not None:
+            tensors = (moments.first, moments.second)
+            state[name] = {key: t.to(parameter).contiguous() for key, t in zip(OPTIMIZER_KEYS, tensors, strict=True)}
+            state[name]["step"] = torch.tensor(moments.step, dtype=torch.float32, device=parameter.device)
+    return state
+
+
+def _check_not_smaller(start: ModelConfig, target: GrowthTarget) -> None:
+    now = {
+        "dim": start.dim,
+        "num_heads": start.num_heads,
+        "num_kv_heads": start.kv_heads,
+        "ffn_dim": start.ffn_size,
+        "num_layers": start.num_layers,
+    }
+    for name, before in now.items():
+        after = getattr(target, name)
+        if after is not None and after < before:
+            raise InputError(
+                f"growth target {name}={after} is smaller than its source's {name}={before}; models grow: "
+                f"choose {name} >= {before}"
+            )
+
+
+_unread: Callable[[str], None] = lambda name: None  # noqa: E731

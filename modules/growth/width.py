@@ -1,0 +1,206 @@
+"""Widening by `iso`: exact for any ratio of widths, any number of heads and tied or untied embeddings.
+
+Every target index is a copy of the source index i mod n. c_i counts the copies of i's source, κ = D2 / D.
+With a residual channel's copies scaled by sqrt(κ / c), the mean square of the stream stays what it was, and so does
+RMSNorm; gains undo the scale, and whoever reads copies divides by c.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modules.config import ModelConfig
+from modules.errors import InputError
+from modules.growth.operation import Moments, ParameterSource, seeded_generator
+from modules.growth.roles import IN_AXES, Axis, role_of
+from modules.optim import ParameterFactors
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """How one axis grows.
+
+    Attributes:
+        index: the source index of each target index.
+        weight: factor on the parameter, per target index.
+        gradient: factor on the parameter's gradient that follows from it, per target index.
+    """
+
+    index: Tensor
+    weight: Tensor
+    gradient: Tensor
+
+    def apply(self, tensor: Tensor, axis: int, scale: Tensor) -> Tensor:
+        """Copy along one axis, times a factor per index."""
+        shape = [1] * tensor.ndim
+        shape[axis] = -1
+        grown = tensor.index_select(axis, self.index.to(tensor.device))
+        return grown * scale.to(tensor).view(shape)
+
+
+@dataclass(frozen=True)
+class Widen:
+    """Grow dim, feed-forward width and heads of `source` to those of `config`; layers and experts stay.
+
+    Args:
+        split_noise: standard deviation, relative to the weights' own, of noise on split inputs that adds up to zero
+            over the copies of one input. The function stays the same and the copies learn different things; without it
+            (0) copies stay equal for ever under mapped optimizer state.
+    """
+
+    source: ParameterSource
+    config: ModelConfig
+    split_noise: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_widths(self.source.config, self.config)
+        object.__setattr__(self, "_maps", axis_maps(self.source.config, self.config))
+
+    @property
+    def maps(self) -> Mapping[Axis, AxisMap]:
+        """The map of each axis role that grows."""
+        return self._maps  # type: ignore[attr-defined]
+
+    def weight(self, name: str) -> Tensor:
+        """The grown parameter."""
+        grown = self.source.weight(name)
+        for axis, role in enumerate(role_of(name).axes):
+            if role in self.maps:
+                axis_map = self.maps[role]
+                grown = axis_map.apply(grown, axis, axis_map.weight)
+                if self.split_noise and role in IN_AXES:
+                    grown = grown + self._zero_sum_noise(grown, axis, axis_map, name)
+        return grown
+
+    def moments(self, name: str) -> Moments | None:
+        """Adam's state, mapped so that the grown model takes the source's steps (exactly for integer ratios)."""
+        before = self.source.moments(name)
+        if before is None:
+            return None
+        first, second = before.first, before.second
+        for axis, role in enumerate(role_of(name).axes):
+            if role in self.maps:
+                axis_map = self.maps[role]
+                first = axis_map.apply(first, axis, axis_map.gradient)
+                second = axis_map.apply(second, axis, axis_map.gradient.square())
+        return Moments(first, second, before.step)
+
+    def factors(self, name: str) -> ParameterFactors:
+        """Learning rate follows the weight's scale, eps the gradient's, weight decay undoes the learning rate's."""
+        scale, slope = 1.0, 1.0
+        for role in role_of(name).axes:
+            if role in self.maps:
+                scale *= self.maps[role].weight.mean().item()
+                slope *= self.maps[role].gradient.mean().item()
+        return self.source.factors(name) * ParameterFactors(lr=scale, weight_decay=1 / scale, eps=slope)
+
+    def _zero_sum_noise(self, grown: Tensor, axis: int, axis_map: AxisMap, name: str) -> Tensor:
+        generator = seeded_generator(self.seed, "split_noise", name)
+        noise = torch.randn(grown.shape, generator=generator, dtype=torch.float32).to(grown)
+        index = axis_map.index.to(grown.device)
+        num_source = int(axis_map.index.max()) + 1
+        sums = torch.zeros(*grown.shape[:axis], num_source, *grown.shape[axis + 1 :], dtype=grown.dtype)
+        sums = sums.to(grown.device).index_add_(axis, index, noise)
+        copies = torch.bincount(index, minlength=num_source)[index]
+        shape = [1] * grown.ndim
+        shape[axis] = -1
+        centred = noise - sums.index_select(axis, index) / copies.to(grown).view(shape)
+        return centred * (self.split_noise * grown.std())
+
+
+def axis_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
+    """The map of every axis role that differs between two architectures."""
+    maps: dict[Axis, AxisMap] = {}
+    if source.dim != target.dim:
+        maps |= _residual_maps(source, target)
+    if source.ffn_size != target.ffn_size:
+        maps |= _copy_maps(_cyclic(source.ffn_size, target.ffn_size), Axis.HIDDEN_OUT, Axis.HIDDEN_IN)
+    if source.moe and source.expert_size != target.expert_size:
+        hidden = _cyclic(source.expert_size, target.expert_size)
+        maps |= _copy_maps(hidden, Axis.EXPERT_HIDDEN_OUT, Axis.EXPERT_HIDDEN_IN)
+    if (source.num_heads, source.kv_heads) != (target.num_heads, target.kv_heads):
+        maps |= _head_maps(source, target)
+    return maps
+
+
+def _check_widths(source: ModelConfig, target: ModelConfig) -> None:
+    pairs = {
+        "dim": (source.dim, target.dim),
+        "ffn_dim": (source.ffn_size, target.ffn_size),
+        "num_heads": (source.num_heads, target.num_heads),
+        "num_kv_heads": (source.kv_heads, target.kv_heads),
+    }
+    if source.moe is not None:
+        pairs["moe.expert_dim"] = (source.expert_size, target.expert_size)
+    for name, (before, after) in pairs.items():
+        if after < before:
+            raise InputError(f"growth target {name}={after} is smaller than its source's {before}; choose {name} >= {before}")
+    if source.head_size != target.head_size:
+        raise InputError(
+            f"growth target has heads of {target.head_size} channels and its source of {source.head_size}; head_dim cannot "
+            f"grow: set num_heads and head_dim so that a head keeps {source.head_size} channels"
+        )
+    if target.num_heads // target.kv_heads < source.num_heads // source.kv_heads:
+        raise InputError(
+            f"growth target has {target.num_heads // target.kv_heads} query heads for each key-value head and its source "
+            f"{source.num_heads // source.kv_heads}; raise num_heads or lower num_kv_heads"
+        )
+
+
+def _cyclic(source: int, target: int) -> Tensor:
+    return torch.arange(target) % source
+
+
+def _copies(index: Tensor) -> Tensor:
+    """For each target index, how many targets share its source (float64)."""
+    return torch.bincount(index)[index].double()
+
+
+def _residual_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
+    index = _cyclic(source.dim, target.dim)
+    c = _copies(index)
+    k = target.dim / source.dim
+    ones = torch.ones_like(c)
+    tied = target.tie_embeddings
+    gain = AxisMap(index, (c / k).sqrt(), (k / c).sqrt() / c)
+    return {
+        Axis.RESIDUAL_OUT: AxisMap(index, (k / c).sqrt(), 1 / (k * c).sqrt()),
+        Axis.RESIDUAL_IN: AxisMap(index, 1 / c, ones),
+        Axis.NORM_GAIN: gain,
+        Axis.FINAL_GAIN: AxisMap(index, ones / k, k / c) if tied else gain,
+    }
+
+
+def _copy_maps(index: Tensor, out_axis: Axis, in_axis: Axis) -> dict[Axis, AxisMap]:
+    """Producers are copied and consumers share the input among the copies."""
+    c = _copies(index)
+    ones = torch.ones_like(c)
+    return {out_axis: AxisMap(index, ones, 1 / c), in_axis: AxisMap(index, 1 / c, ones)}
+
+
+def _head_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
+    """Heads grow inside their key-value group, and whole groups are copied; the tiled order would mix groups."""
+    group = source.num_heads // source.kv_heads
+    new_group = target.num_heads // target.kv_heads
+    kv_index = _cyclic(source.kv_heads, target.kv_heads)
+    target_head = torch.arange(target.num_heads)
+    head_index = kv_index[target_head // new_group] * group + (target_head % new_group) % group
+    heads = _per_channel(_copy_maps(head_index, Axis.HEADS_OUT, Axis.HEADS_IN), source.head_size)
+    kv_copies = _copies(kv_index)
+    kv_map = AxisMap(kv_index, torch.ones_like(kv_copies), 1 / kv_copies)
+    return heads | _per_channel({Axis.KV_HEADS_OUT: kv_map}, source.head_size)
+
+
+def _per_channel(maps: dict[Axis, AxisMap], head_size: int) -> dict[Axis, AxisMap]:
+    channel = torch.arange(head_size)
+    return {
+        axis: AxisMap(
+            (m.index[:, None] * head_size + channel).flatten(),
+            m.weight.repeat_interleave(head_size),
+            m.gradient.repeat_interleave(head_size),
+        )
+        for axis, m in maps.items()
+    }

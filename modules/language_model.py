@@ -1,0 +1,216 @@
+"""The LightningModule around one exchangeable network: losses, optimizer, and what is logged of them.
+
+Letters: B batch, L sequence, T tokens (B·L), D model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from modules.config import ModelConfig
+from modules.errors import InputError
+from modules.functional.flops import count_parameters
+from modules.functional.losses import linear_cross_entropy
+from modules.functional.routing import RoutingStats
+from modules.functional.schedule import ScheduleConfig
+from modules.layers.transformer import Transformer
+from modules.metrics import BitsPerByte
+from modules.optim import OptimizerConfig, ParameterFactors, build_optimizer, build_scheduler, clip_gradients
+
+CHECKPOINT_KEY = "growmoe"
+"""Where a checkpoint keeps what is needed to rebuild the network before its weights are loaded."""
+
+
+class LanguageModel(pl.LightningModule):
+    """A decoder in training. `network` can be exchanged between two steps; everything here works for each one.
+
+    Args:
+        architecture: the model that the run starts with; its vocabulary size comes from the data.
+        optimizer: AdamW's settings.
+        schedule: how the learning rate moves; it ends at `trainer.max_steps`.
+        loss_chunk_rows: token rows whose vocabulary logits exist at one time.
+    """
+
+    def __init__(
+        self,
+        architecture: ModelConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
+        loss_chunk_rows: int = 1024,
+    ) -> None:
+        super().__init__()
+        if loss_chunk_rows < 1:
+            raise InputError(f"loss_chunk_rows={loss_chunk_rows} must be at least 1; 1024 is usual")
+        self.check_start(architecture)
+        self.initial_architecture = architecture
+        self.architecture = architecture
+        self.stage = 0
+        self.applied_transitions: list[str] = []
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.loss_chunk_rows = loss_chunk_rows
+        self.factors: dict[str, ParameterFactors] = {}
+        self.network: Transformer | None = None
+        self.bits_per_byte = nn.ModuleList()
+
+    @staticmethod
+    def check_start(architecture: ModelConfig) -> None:
+        """Raise `InputError` when a run of this class cannot start from the architecture; a subclass says which."""
+
+    # -- the network and its exchange ----------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the network of the current architecture: the initial one, or that of the checkpoint being resumed."""
+        if self.network is None:
+            self.network = Transformer(self.architecture)
+
+    def set_network(self, network: Transformer, factors: Mapping[str, ParameterFactors], transition_id: str) -> None:
+        """Put a grown network in the place of the present one; the optimizer must be set up anew afterwards."""
+        network.train(self.training)
+        self.network = network
+        self.architecture = network.config
+        self.factors = dict(factors)
+        self.applied_transitions.append(transition_id)
+        self.stage = len(self.applied_transitions)
+
+    def restore_shape(self, record: Mapping[str, Any]) -> None:
+        """Take architecture, stage and factors from a checkpoint's record, before the network is built.
+
+        Raises:
+            InputError: the checkpoint belongs to a run that started from another architecture.
+        """
+        saved = ModelConfig.from_dict(record["initial_architecture"])
+        differences = describe_differences(saved, self.initial_architecture)
+        if differences:
+            raise InputError(
+                f"the checkpoint's run started from another architecture: {differences} (checkpoint against "
+                "configuration); resume with the configuration of that run, or start a new run without --ckpt_path"
+            )
+        self.architecture = ModelConfig.from_dict(record["architecture"])
+        self.stage = record["stage"]
+        self.applied_transitions = list(record["applied_transitions"])
+        self.factors = {name: ParameterFactors(*values) for name, values in record["factors"].items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what `restore_shape` needs; plain JSON types only."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "module": type(self).__name__,
+            "initial_architecture": self.initial_architecture.to_dict(),
+            "architecture": self.architecture.to_dict(),
+            "stage": self.stage,
+            "applied_transitions": list(self.applied_transitions),
+            "factors": {name: [f.lr, f.weight_decay, f.eps] for name, f in self.factors.items()},
+        }
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the present network, and the schedule over the run's steps."""
+        total_steps = self.trainer.max_steps
+        self.schedule_config.check_total(total_steps)
+        optimizer = build_optimizer(self._net, self.optimizer_config, self.factors)
+        scheduler = build_scheduler(optimizer, self.schedule_config, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Language-model loss plus the weighted routing losses; the parts are returned for those who watch."""
+        total, losses_BL, stats = self.token_losses(batch)
+        lm_loss = total / losses_BL.numel()
+        outputs: dict[str, Tensor] = {"losses_BL": losses_BL}
+        loss = lm_loss
+        if stats:
+            moe = self.architecture.moe
+            assert moe is not None
+            balance = torch.stack([layer.balance_loss for layer in stats]).mean()
+            z_loss = torch.stack([layer.z_loss for layer in stats]).mean()
+            loss = loss + moe.balance_loss_weight * balance + moe.z_loss_weight * z_loss
+            outputs |= _watched(stats) | {"balance_loss": balance.detach(), "z_loss": z_loss.detach()}
+        return outputs | {"loss": loss, "lm_loss": lm_loss.detach()}
+
+    def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RoutingStats]]:
+        """Sum of the batch's token losses in nats, the losses [B, L] (detached), and the routing stats."""
+        inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        hidden_BLD, stats = self._net(
+            inputs_BL, position_ids_BL=batch.get("position_ids"), document_ids_BL=batch.get("document_ids")
+        )
+        total, losses_T = linear_cross_entropy(
+            hidden_BLD.flatten(0, 1), self._net.head_weight, targets_BL.flatten(), self.loss_chunk_rows
+        )
+        return total, losses_T.view_as(targets_BL), stats
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, and keep the norm for whoever watches or checks it."""
+        self.grad_norm = clip_gradients(self._net.parameters(), gradient_clip_val)
+
+    # -- validation ----------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """One meter per language."""
+        languages = self.trainer.datamodule.languages
+        self.bits_per_byte = nn.ModuleList(BitsPerByte() for _ in languages).to(self.device)
+        self._validation_nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._validation_tokens = 0
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add one batch of one language (one loader each)."""
+        total, losses_BL, _ = self.token_losses(batch)
+        self.bits_per_byte[dataloader_idx].update(total, batch["target_bytes"].sum())
+        self._validation_nats += total.double()
+        self._validation_tokens += losses_BL.numel()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss per token over all languages, and bits per byte of each."""
+        languages = self.trainer.datamodule.languages
+        metrics = {
+            f"val/bpb_{language}": meter.compute().item()
+            for language, meter in zip(languages, self.bits_per_byte, strict=True)
+        }
+        metrics["val/loss"] = self._validation_nats.item() / max(1, self._validation_tokens)
+        self.log_dict(metrics, logger=False)
+        if not self.trainer.sanity_checking:
+            log_metrics(self.trainer, metrics)
+        self.bits_per_byte = nn.ModuleList()
+
+    @property
+    def _net(self) -> Transformer:
+        assert self.network is not None, "configure_model has not run"
+        return self.network
+
+
+def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Send metrics to every logger at the number of finished optimizer steps."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+
+
+def describe_differences(first: ModelConfig, second: ModelConfig) -> str:
+    """The fields in which two architectures differ, as `name 1 / 2`; empty when they are equal."""
+    left, right = first.to_dict(), second.to_dict()
+    return ", ".join(f"{name} {left[name]} / {right[name]}" for name in left if left[name] != right[name])
+
+
+def growth_metrics(module: LanguageModel) -> dict[str, float]:
+    """Stage and sizes of the present network."""
+    count = count_parameters(module.architecture)
+    return {
+        "growth/stage": module.stage,
+        "growth/params_total": count.total,
+        "growth/params_active": count.active,
+    }
+
+
+def _watched(stats: list[RoutingStats]) -> dict[str, Tensor]:
+    """Routed rows per expert [layers, E], and the routers' mean entropy and logit size."""
+    return {
+        "expert_rows": torch.stack([layer.tokens_per_expert_E for layer in stats]),
+        "router_entropy": torch.stack([layer.entropy for layer in stats]).mean(),
+        "router_logit_rms": torch.stack([layer.logit_rms for layer in stats]).mean(),
+    }

@@ -1,0 +1,119 @@
+"""Grouped-query attention with rotary positions, and the key-value cache for decoding.
+
+Letters: B batch, L sequence, D model, H query heads, G key-value heads, C channels of a head, M cache length.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.config import ModelConfig
+from modules.errors import InputError
+
+
+def rotary_angles(position_ids_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [B, 1, L, C] of the rotary embedding, half-split layout (RoFormer, arXiv 2104.09864)."""
+    exponent = torch.arange(0, head_dim, 2, device=position_ids_BL.device, dtype=torch.float64) / head_dim
+    angle_BLC = position_ids_BL[..., None].double() * theta**-exponent
+    angle = torch.cat((angle_BLC, angle_BLC), dim=-1)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of channels (c, c + C/2) of [B, H, L, C] by the position's angle."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos.to(heads.dtype) + torch.cat((-second, first), dim=-1) * sin.to(heads.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for every layer.
+
+    Args:
+        start_B: for prompts padded on the left, the index of each row's first real token: earlier keys are masked and
+            positions count from it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        start_B: Tensor | None = None,
+    ) -> None:
+        if max_len > config.max_seq_len:
+            raise InputError(
+                f"{max_len} tokens (prompt and continuation) are more than the model's max_seq_len={config.max_seq_len}; "
+                "shorten the prompt or max_new_tokens"
+            )
+        shape = (config.num_layers, 2, batch_size, config.kv_heads, max_len, config.head_size)
+        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.start_B = torch.zeros(batch_size, dtype=torch.long, device=device) if start_B is None else start_B
+        self.length = 0
+
+    def positions_and_mask(self, num_new: int) -> tuple[Tensor, Tensor]:
+        """Positions [B, L] of the next tokens, and which keys each of them sees [B, 1, L, length + L]."""
+        end = self.length + num_new
+        query_L = torch.arange(self.length, end, device=self.store.device)
+        key_M = torch.arange(end, device=self.store.device)
+        positions_BL = (query_L - self.start_B[:, None]).clamp_min(0)
+        seen = (key_M <= query_L[:, None]) & (key_M >= self.start_B[:, None, None])
+        own = key_M == query_L[:, None]  # a padding row sees itself, so that its softmax has an entry
+        return positions_BL, (seen | own)[:, None]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, G, L, C] of one layer; returns all of that layer so far."""
+        end = self.length + keys.shape[2]
+        self.store[layer, 0, :, :, self.length : end] = keys
+        self.store[layer, 1, :, :, self.length : end] = values
+        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """The same cache with only these rows of the batch."""
+        chosen = object.__new__(KVCache)
+        chosen.store, chosen.start_B, chosen.length = self.store[:, :, rows], self.start_B[rows], self.length
+        return chosen
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention through torch's scaled-dot-product kernel."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_size
+        query_dim = config.num_heads * config.head_size
+        key_dim = config.kv_heads * config.head_size
+        self.q_proj = nn.Linear(config.dim, query_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, key_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, key_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        layer: int,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Mix positions: [B, L, D] to [B, L, D]. `mask` is True where a query sees a key; None means causal."""
+        query = rotate(self.q_norm(self._split(self.q_proj(hidden_BLD))), *rotary)
+        key = rotate(self.k_norm(self._split(self.k_proj(hidden_BLD))), *rotary)
+        value = self._split(self.v_proj(hidden_BLD))
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key.to(query.dtype),
+            value.to(query.dtype),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, flat: Tensor) -> Tensor:
+        return flat.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,129 @@
+"""The decoder: embedding, blocks of attention and feed-forward, final norm, output head.
+
+Letters: B batch, L sequence, D model, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.config import ModelConfig
+from modules.errors import InputError
+from modules.functional.routing import RoutingStats
+from modules.layers.attention import Attention, KVCache, rotary_angles
+from modules.layers.experts import Experts, RoutedExperts
+from modules.layers.feedforward import FeedForward
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm x), then x + feed-forward(norm x), dense or routed by the layer's number."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        routed = layer in config.routed_layers
+        self.feed_forward = RoutedExperts(config) if routed else FeedForward(config.dim, config.ffn_size)
+
+    def forward(
+        self, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """The block's output and, for a routed layer, what its router did."""
+        hidden_BLD = hidden_BLD + self.attention(self.attention_norm(hidden_BLD), rotary, mask, self.layer, cache)
+        update_BLD, stats = self.feed_forward(self.feed_forward_norm(hidden_BLD))
+        return hidden_BLD + update_BLD, stats
+
+
+class Transformer(nn.Module):
+    """A decoder language model of the shape that `config` gives, with freshly drawn weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix [V, D]; the embedding's when they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def init_weights(self) -> None:
+        """Draw weights from N(0, init_std); projections into the residual stream from N(0, init_std / sqrt(2 layers))."""
+        std = self.config.init_std
+        into_residual = std / math.sqrt(2 * self.config.num_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=into_residual if name.endswith(("o_proj", "down")) else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.gate, std=std)
+                nn.init.normal_(module.up, std=std)
+                nn.init.normal_(module.down, std=into_residual)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        position_ids_BL: Tensor | None = None,
+        document_ids_BL: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        """Hidden states after the final norm [B, L, D], and the stats of each routed layer.
+
+        Args:
+            tokens_BL: token ids.
+            position_ids_BL: rotary positions; counted from 0 when left out.
+            document_ids_BL: attention stays inside equal ids (and causal); one document when left out.
+            cache: append to this cache and attend to what it holds; positions then come from it.
+
+        Raises:
+            InputError: more tokens than `config.max_seq_len`.
+        """
+        length = tokens_BL.shape[1]
+        if length > self.config.max_seq_len:
+            raise InputError(
+                f"sequence of {length} tokens is longer than max_seq_len={self.config.max_seq_len}; "
+                "shorten it (data.seq_len) or raise model.architecture.max_seq_len"
+            )
+        if cache is not None:
+            position_ids_BL, mask = cache.positions_and_mask(length)
+        else:
+            mask = None if document_ids_BL is None else document_mask(document_ids_BL)
+        if position_ids_BL is None:
+            position_ids_BL = torch.arange(length, device=tokens_BL.device)[None]
+        hidden_BLD = self.embedding(tokens_BL)
+        cos, sin = rotary_angles(position_ids_BL, self.config.head_size, self.config.rope_theta)
+        rotary = (cos.to(hidden_BLD.dtype), sin.to(hidden_BLD.dtype))
+        stats = []
+        for block in self.blocks:
+            hidden_BLD, layer_stats = block(hidden_BLD, rotary, mask, cache)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        if cache is not None:
+            cache.length += length
+        return self.final_norm(hidden_BLD), stats
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary [..., V] of final hidden states [..., D]."""
+        return F.linear(hidden, self.head_weight)
+
+
+def document_mask(document_ids_BL: Tensor) -> Tensor:
+    """True [B, 1, L, L] where a query and an earlier or equal key lie in one document."""
+    length = document_ids_BL.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids_BL.device).tril()
+    same = document_ids_BL[:, :, None] == document_ids_BL[:, None, :]
+    return (same & causal)[:, None]

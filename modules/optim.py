@@ -1,0 +1,97 @@
+"""The optimizer of a network whose parameters may have grown: AdamW with decay groups and per-parameter factors."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from modules.config import require_positive
+from modules.errors import InputError
+from modules.functional.schedule import ScheduleConfig, learning_rate_factor
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101). Gradient clipping is the trainer's `gradient_clip_val`."""
+
+    lr: float = 1e-3
+    """peak learning rate"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """decay of the first and second moment"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """decoupled weight decay of matrices; gains and biases have none"""
+
+    def __post_init__(self) -> None:
+        require_positive(lr=float(self.lr), eps=float(self.eps))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas={self.betas} must be two numbers in [0, 1); the usual ones are (0.9, 0.95)")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise InputError(f"weight_decay={self.weight_decay} must be a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class ParameterFactors:
+    """What a parameter's learning rate, weight decay and eps are multiplied with after it has grown."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+    def __mul__(self, other: "ParameterFactors") -> "ParameterFactors":
+        return ParameterFactors(self.lr * other.lr, self.weight_decay * other.weight_decay, self.eps * other.eps)
+
+
+def build_optimizer(
+    network: nn.Module, config: OptimizerConfig, factors: Mapping[str, ParameterFactors]
+) -> torch.optim.AdamW:
+    """AdamW whose groups share decay and factors; matrices (two dimensions or more) decay, gains and biases do not.
+
+    The order of groups and of parameters in them is a function of names and factors alone, so that a saved state fits
+    the optimizer that a resumed run builds.
+    """
+    members: dict[tuple[bool, ParameterFactors], list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, parameter in network.named_parameters():
+        members[parameter.ndim >= 2, factors.get(name, ParameterFactors())].append((name, parameter))
+    groups = [
+        {
+            "params": named,
+            "lr": config.lr * factor.lr,
+            "weight_decay": config.weight_decay * factor.weight_decay if decays else 0.0,
+            "eps": config.eps * factor.eps,
+        }
+        for (decays, factor), named in members.items()
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
+    """The schedule as torch's scheduler, one call per optimizer step."""
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, config))
+
+
+def continue_scheduler(scheduler: LambdaLR, finished_steps: int) -> None:
+    """Set a fresh scheduler to where the run stands; the groups of the optimizer may have changed."""
+    scheduler.last_epoch = finished_steps
+    scheduler._step_count = finished_steps + 1
+    rates = [
+        base * factor(finished_steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale gradients so that their global norm is at most `max_norm` (None: leave them); returns the norm before."""
+    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad])
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    return norm
