@@ -10,7 +10,6 @@ A checkpoint is valid when its manifest is there and every file matches it. Noth
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import InputError
+from modules.files import sync_directory, sync_file
 
 if TYPE_CHECKING:
     from datamodules.tokenizer import Tokenizer
@@ -62,10 +62,10 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tokenizer_json: str, 
         manifest = {"format_version": FORMAT_VERSION, "files": files, "metadata": dict(metadata)}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
         for name in (STATE, TOKENIZER, MANIFEST):
-            _fsync(aside / name)
-        _fsync(aside)
+            sync_file(aside / name)
+        sync_directory(aside)
         aside.rename(path)
-        _fsync(path.parent)
+        sync_directory(path.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -119,11 +119,6 @@ def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint, its manifest first: an interrupted deletion leaves nothing that looks valid."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def checkpoint_name(step: int, stage: int | None = None) -> str:
-    """`step-00000300`, or `step-00000300-stage-1` for the state right behind a transition at that step."""
-    return f"step-{step:08d}" + ("" if stage is None else f"-stage-{stage}")
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -189,11 +184,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,31 +6,35 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 
 from app import checkpoint as store
-from modules.language_model import CHECKPOINT_KEY
+from datamodules.text import TextDataModule
+from modules.config import CHECKPOINT_KEY
 
 
 class DirectoryCheckpointIO(CheckpointIO):
     """Writes and reads checkpoint directories.
 
     Args:
-        tokenizer_json: goes into each checkpoint.
-        record: goes into each manifest beside the model's own record: the data's metadata and the resolved configuration.
+        datamodule: its tokenizer goes into each checkpoint, its metadata into each manifest.
+
+    Attributes:
+        record: what else goes into each manifest, such as the resolved configuration.
     """
 
-    def __init__(self, tokenizer_json: str = "", record: dict[str, Any] | None = None) -> None:
-        self.tokenizer_json = tokenizer_json
-        self.record = record or {}
+    def __init__(self, datamodule: TextDataModule) -> None:
+        self.datamodule = datamodule
+        self.record: dict[str, Any] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write one checkpoint; the model's record moves from the state to the manifest, where it is read first."""
-        model_record = checkpoint[CHECKPOINT_KEY]
+        """Write one checkpoint; the model's record also goes into the manifest, where it is read first."""
         metadata = {
             "step": checkpoint["global_step"],
-            **model_record,
+            "tokens": self.datamodule.consumed_samples * self.datamodule.seq_len,
+            **checkpoint[CHECKPOINT_KEY],
+            "data": self.datamodule.metadata(),
             **self.record,
             "versions": store.library_versions(),
         }
-        store.write_checkpoint(Path(path), checkpoint, self.tokenizer_json, metadata)
+        store.write_checkpoint(Path(path), checkpoint, self.datamodule.tokenizer.to_json(), metadata)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None

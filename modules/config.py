@@ -10,6 +10,9 @@ from typing import Any
 
 from modules.errors import InputError
 
+CHECKPOINT_KEY = "growmoe"
+"""Where a checkpoint keeps what is needed to rebuild the network before its weights are loaded."""
+
 
 def require_positive(**values: int | float) -> None:
     """Raise `InputError` for the first value below 1 (integers) or not above 0 (floats)."""

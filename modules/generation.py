@@ -19,7 +19,7 @@ from modules.layers.attention import KVCache
 from modules.layers.transformer import Transformer
 
 Stop = Callable[[int, list[int]], bool]
-"""Asked after each new token with the prompt's index and its new tokens so far; True ends that prompt's continuation."""
+"""Asked after each new token with the prompt's index and its new tokens so far; True ends that continuation."""
 
 
 def sample(

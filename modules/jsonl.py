@@ -3,25 +3,26 @@
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from modules.errors import InputError
+from modules.files import replace_file as replace_file  # TEMP re-export
+from modules.files import sync_directory
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record as one line and bring it to the disk before returning.
 
-    A last line that an earlier crash left unfinished is removed first. Tensors and arrays of any shape become numbers and
-    lists; a value that is not finite becomes null, because JSON has no word for it. Raises TypeError for a value that
-    JSON cannot hold.
+    A last line that an earlier crash left unfinished is removed first. Tensors and arrays of any shape become numbers
+    and lists; a value that is not finite becomes null, because JSON has no word for it. Raises TypeError for a value
+    that JSON cannot hold.
     """
     line = json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    with open(path, "a+b") as file:
+    with path.open("a+b") as file:
         _finish_last_line(file)
         file.write(line.encode())
         file.flush()
@@ -57,37 +58,6 @@ def iterate_jsonl(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     record = _parse(last)
     if record is not None:
         yield last + b"\n", record
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Give `path` the content `data` in one step: written beside it, fsynced, then renamed over it.
-
-    A crash at any instant leaves either the old or the new content under the name.
-    """
-    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(aside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Bring the names in a directory (new files, renames) to the disk, where the file system can."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse it for directories
-    finally:
-        os.close(descriptor)
 
 
 def _finish_last_line(file: Any) -> None:

@@ -4,13 +4,14 @@ Letters: B batch, L sequence, T tokens (B·L), D model.
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from modules.config import ModelConfig
+from modules.config import CHECKPOINT_KEY, ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.losses import linear_cross_entropy
@@ -18,10 +19,15 @@ from modules.functional.routing import RoutingStats
 from modules.functional.schedule import ScheduleConfig
 from modules.layers.transformer import Transformer
 from modules.metrics import BitsPerByte
-from modules.optim import OptimizerConfig, ParameterFactors, build_optimizer, build_scheduler, clip_gradients
+from modules.optim import (
+    OptimizerConfig,
+    ParameterFactors,
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    factor_record,
+)
 
-CHECKPOINT_KEY = "growmoe"
-"""Where a checkpoint keeps what is needed to rebuild the network before its weights are loaded."""
 
 
 class LanguageModel(pl.LightningModule):
@@ -102,7 +108,10 @@ class LanguageModel(pl.LightningModule):
             "architecture": self.architecture.to_dict(),
             "stage": self.stage,
             "applied_transitions": list(self.applied_transitions),
-            "factors": {name: [f.lr, f.weight_decay, f.eps] for name, f in self.factors.items()},
+            "factors": factor_record(self.factors),
+            "optimizer": asdict(self.optimizer_config),
+            "schedule": asdict(self.schedule_config),
+            "total_steps": self.trainer.max_steps,
         }
 
     # -- training ------------------------------------------------------------------------------------------------------

@@ -48,6 +48,11 @@ class ParameterFactors:
         return ParameterFactors(self.lr * other.lr, self.weight_decay * other.weight_decay, self.eps * other.eps)
 
 
+def factor_record(factors: Mapping[str, ParameterFactors]) -> dict[str, list[float]]:
+    """Factors as JSON types, for checkpoints; `ParameterFactors(*values)` reads one back."""
+    return {name: [factor.lr, factor.weight_decay, factor.eps] for name, factor in factors.items()}
+
+
 def build_optimizer(
     network: nn.Module, config: OptimizerConfig, factors: Mapping[str, ParameterFactors]
 ) -> torch.optim.AdamW:

@@ -100,7 +100,7 @@ def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterS
     target, start = stage.target, source.config
     _check_not_smaller(start, target)
     grown, kinds, methods = source, [], []
-    wider = replace(start, **target.widths())
+    wider = _wider_config(start, target)
     if wider != start:
         grown = Widen(grown, wider, stage.split_noise, stage.seed)
         kinds.append("widen")
@@ -179,6 +179,14 @@ def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[st
             state[name] = {key: t.to(parameter).contiguous() for key, t in zip(OPTIMIZER_KEYS, tensors, strict=True)}
             state[name]["step"] = torch.tensor(moments.step, dtype=torch.float32, device=parameter.device)
     return state
+
+
+def _wider_config(start: ModelConfig, target: GrowthTarget) -> ModelConfig:
+    """`start` with the target's widths; a head keeps its channels, also where dim / num_heads would change."""
+    widths = target.widths()
+    dim, num_heads = widths.get("dim", start.dim), widths.get("num_heads", start.num_heads)
+    keeps = dim == num_heads * start.head_size
+    return replace(start, **widths, head_dim=start.head_dim if keeps else start.head_size)
 
 
 def _check_not_smaller(start: ModelConfig, target: GrowthTarget) -> None:

@@ -138,11 +138,7 @@ def _check_widths(source: ModelConfig, target: ModelConfig) -> None:
     for name, (before, after) in pairs.items():
         if after < before:
             raise InputError(f"growth target {name}={after} is smaller than its source's {before}; choose {name} >= {before}")
-    if source.head_size != target.head_size:
-        raise InputError(
-            f"growth target has heads of {target.head_size} channels and its source of {source.head_size}; head_dim cannot "
-            f"grow: set num_heads and head_dim so that a head keeps {source.head_size} channels"
-        )
+    assert source.head_size == target.head_size, "a head keeps its channels"
     if target.num_heads // target.kv_heads < source.num_heads // source.kv_heads:
         raise InputError(
             f"growth target has {target.num_heads // target.kv_heads} query heads for each key-value head and its source "

@@ -1,0 +1,91 @@
+"""The command line: `growmoe VERB ...`. Lightning is imported only for the verbs that need it."""
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from modules.errors import InputError
+
+TRAINER_VERBS = {
+    "fit": "train a model, growing it on the way when the recipe says so",
+    "validate": "loss and bits per byte of each language on the validation split",
+}
+COMMANDS = {
+    "prepare": "text, JSONL, parquet or a hub data set into token shards",
+    "evaluate": "lm-eval tasks on a checkpoint",
+    "generate": "stream a continuation of a prompt",
+    "grow": "the transition of a recipe, on a checkpoint instead of inside a run",
+    "report": "one self-contained HTML page with plots for a run",
+}
+"""Each verb is the function of its name in `app.commands`; its signature is its command line."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one verb; exits with 0, 2 for wrong input (one line), 130 or 143 after a signal, 1 for anything else."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        _runner(verb)(rest)
+    except InputError as error:
+        sys.stderr.write(f"growmoe {verb}: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _runner(verb: str) -> Callable[[Sequence[str]], None]:
+    if verb in TRAINER_VERBS:
+        return lambda rest: _run_trainer([verb, *rest])
+    if verb in COMMANDS:
+        return lambda rest: _run_command(verb, rest)
+    from difflib import get_close_matches
+
+    near = get_close_matches(verb, [*TRAINER_VERBS, *COMMANDS], n=1)
+    hint = f"did you mean {near[0]}?" if near else "see growmoe --help"
+    raise InputError(f"{verb!r} is no verb of growmoe; {hint}")
+
+
+def _run_trainer(arguments: Sequence[str]) -> None:
+    _prepare_process()
+    from app.training import run
+
+    run(arguments)
+
+
+def _run_command(verb: str, arguments: Sequence[str]) -> None:
+    _prepare_process()
+    from app.parsing import OneLineParser
+
+    function = getattr(importlib.import_module(f"app.commands.{verb}"), verb)
+    parser = OneLineParser(prog=f"growmoe {verb}", description=COMMANDS[verb])
+    parser.add_function_arguments(function, as_positional=True)
+    config = parser.parse_args(list(arguments))
+    function(**vars(parser.instantiate_classes(config)))
+
+
+def _help() -> str:
+    verbs = {**TRAINER_VERBS, **COMMANDS}
+    lines = "\n".join(f"  {verb:<10} {text}" for verb, text in verbs.items())
+    return (
+        "growmoe VERB [options]    (the same as python -m app VERB)\n\n"
+        "Train dense and mixture-of-experts language models, and grow them while they train.\n\n"
+        f"{lines}\n\ngrowmoe VERB --help shows the options of a verb.\n"
+    )
+
+
+def _prepare_process() -> None:
+    """Settings that must stand before torch is imported; libraries' advertising stays off the screen, their errors show.
+
+    OpenMP threads that spin while they wait slow a shared machine down several times (docs/log.md).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|torchmetrics)\b")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)

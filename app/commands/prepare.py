@@ -1,0 +1,155 @@
+"""`growmoe prepare`: text into token shards."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from datamodules.documents import HUB, ReadOptions, find_files, read_documents
+from datamodules.manifest import Manifest
+from datamodules.order import hash_fraction
+from modules.errors import InputError
+
+_TRAIN_BYTES = 100 * 2**20  # of text that a tokenizer is trained on: more changes little and costs memory
+
+
+def prepare(
+    inputs: list[str],
+    output: Path,
+    tokenizer: Path | None = None,
+    train_tokenizer: int | None = None,
+    text_column: str = "text",
+    text_unit: Literal["file", "paragraph", "line"] = "file",
+    validation_fraction: float = 0.005,
+    num_workers: int = 1,
+    max_document_bytes: int = 16 * 2**20,
+    max_dropped_fraction: float = 0.1,
+) -> None:
+    """Turn text, JSONL, parquet or Hub data sets into a folder of token shards to train on.
+
+    Each corpus gets a training and a validation split. Which document goes where depends on its text alone, so equal
+    documents are never on both sides. The folder is written aside and appears when it is whole.
+
+    Args:
+        inputs: each `LANGUAGE=WHERE` or `NAME:LANGUAGE=WHERE`, with as many as you like for one corpus. WHERE is a
+            file, a folder, a pattern such as `books/*.parquet`, or `hub:ORG/NAME[:CONFIG][@SPLIT]` to stream from the
+            Hub. Files are .txt, .text, .md, .jsonl, .ndjson (these also .gz) or .parquet.
+        output: the folder to make; it must not exist.
+        tokenizer: the tokenizer.json to use.
+        train_tokenizer: train a byte-level BPE of this vocabulary on the inputs instead.
+        text_column: the field that holds the text in JSONL, parquet and Hub rows.
+        text_unit: what one document is in a text file.
+        validation_fraction: share of the documents to keep for validation.
+        num_workers: processes that encode; 1 uses the tokenizer's threads.
+        max_document_bytes: drop longer documents.
+        max_dropped_fraction: give up if more than this share of a corpus is empty, broken or too long.
+    """
+    corpora = parse_inputs(inputs)
+    _check(tokenizer, train_tokenizer, validation_fraction, num_workers, max_document_bytes, max_dropped_fraction)
+    # imported here, so that wrong arguments are known at once and --help is quick
+    from datamodules.shard_writer import ShardWriter
+    from datamodules.tokenizer import Tokenizer
+    from datamodules.tokenizer import train_tokenizer as train
+
+    began = time.perf_counter()
+    known = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    options = ReadOptions(text_column, text_unit, max_document_bytes)
+    with ShardWriter(output) as writer:
+        for corpus in corpora:
+            dropped: Counter[str] = Counter()
+            writer.add_corpus(corpus.name, corpus.language, corpus.documents(options, validation_fraction, dropped))
+            writer.set_dropped(corpus.name, dropped)
+            _check_dropped(corpus.name, writer.count(corpus.name)[0], dropped, max_dropped_fraction)
+        if known is None:
+            assert train_tokenizer is not None, "checked above"
+            known = train(writer.texts(_TRAIN_BYTES), train_tokenizer)
+        manifest = writer.finish(known, num_workers=num_workers)
+    _print_table(manifest, output, time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class CorpusInput:
+    """One corpus as the command line names it."""
+
+    name: str
+    language: str
+    locations: tuple[str, ...]
+
+    def documents(
+        self, options: ReadOptions, validation_fraction: float, dropped: Counter[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Split and text of every document."""
+        for location in self.locations:
+            for text in read_documents(location, options, dropped):
+                yield ("validation" if hash_fraction(text) < validation_fraction else "train"), text
+
+
+def parse_inputs(inputs: list[str]) -> list[CorpusInput]:
+    """The corpora that `LANGUAGE=WHERE` and `NAME:LANGUAGE=WHERE` arguments name, in the order they first appear."""
+    found: dict[str, CorpusInput] = {}
+    for text in inputs:
+        left, equals, location = text.partition("=")
+        name, colon, language = left.partition(":")
+        language = language if colon else name
+        if not (equals and name and language.isalpha() and location):
+            raise InputError(
+                f"input {text!r} is not LANGUAGE=WHERE or NAME:LANGUAGE=WHERE; write e.g. en=books.jsonl or "
+                "books:en=books/*.parquet"
+            )
+        before = found.get(name, CorpusInput(name, language, ()))
+        if before.language != language:
+            raise InputError(f"corpus {name!r} is given in {before.language!r} and {language!r}; use two names")
+        if not location.startswith(HUB):
+            find_files(location)
+        found[name] = CorpusInput(name, language, (*before.locations, location))
+    if not found:
+        raise InputError("no inputs; give at least one LANGUAGE=WHERE, e.g. en=books.jsonl")
+    return list(found.values())
+
+
+def _check(
+    tokenizer: Path | None,
+    train_tokenizer: int | None,
+    validation_fraction: float,
+    num_workers: int,
+    max_document_bytes: int,
+    max_dropped_fraction: float,
+) -> None:
+    if (tokenizer is None) == (train_tokenizer is None):
+        count = "neither" if tokenizer is None else "both"
+        raise InputError(f"tokenizer and train_tokenizer: {count} given; give exactly one of them")
+    if not 0 < validation_fraction <= 0.5:
+        raise InputError(f"validation_fraction={validation_fraction} is out of range; choose above 0 and up to 0.5")
+    if not 0 <= max_dropped_fraction <= 1:
+        raise InputError(f"max_dropped_fraction={max_dropped_fraction} is out of range; choose from 0 to 1")
+    for name, value in (("num_workers", num_workers), ("max_document_bytes", max_document_bytes)):
+        if value < 1:
+            raise InputError(f"{name}={value} is too small; it must be at least 1")
+
+
+def _check_dropped(name: str, num_kept: int, dropped: Counter[str], limit: float) -> None:
+    share = dropped.total() / max(1, num_kept + dropped.total())
+    if share > limit:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        raise InputError(
+            f"corpus {name!r}: {share:.1%} of the documents would be dropped ({reasons}), more than "
+            f"max_dropped_fraction={limit}; repair the input or raise the limit"
+        )
+
+
+def _print_table(manifest: Manifest, output: Path, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{output} in {seconds:.0f} s, vocabulary {manifest.vocab_size}")
+    for column in ("corpus", "language", "split", "documents", "bytes", "tokens", "bytes per token", "dropped"):
+        table.add_column(column, justify="left" if column in ("corpus", "language", "split") else "right")
+    for name, corpus in manifest.corpora.items():
+        for split, info in corpus.splits.items():
+            dropped = ", ".join(f"{count} {reason}" for reason, count in corpus.dropped.items()) or "0"
+            counts = (f"{count:,}" for count in (info.documents, info.bytes, info.tokens))
+            ratio = f"{info.bytes / info.tokens:.2f}"
+            table.add_row(name, corpus.language, split, *counts, ratio, dropped if split == "train" else "")
+    Console().print(table)

@@ -1,0 +1,5 @@
+"""The report of a run.
+
+In the order of reading: `data` (what the run directory holds), `words` (numbers and models as people write them),
+`drawing` and `plots` (figures), `tables`, `page` (the HTML document), `theme` (its colours).
+"""

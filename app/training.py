@@ -1,0 +1,218 @@
+"""`fit` and `validate`: LightningCLI with growmoe's parts, and every check that comes before a run writes anything."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from app import checkpoint as store
+from app.checkpoint_io import DirectoryCheckpointIO
+from app.parsing import OneLineParser
+from app.resume import choose_checkpoint
+from app.run_log import RunLog
+from app.wandb_log import WandbSettings, start_wandb
+from callbacks.checkpointing import Checkpointing
+from callbacks.console import Console
+from callbacks.expert_load import ExpertLoad
+from callbacks.growth import Growth
+from callbacks.lm_evaluation import LMEvaluation
+from callbacks.safety import StopOnSignal
+from callbacks.throughput import Throughput
+from callbacks.training_log import TrainingLog
+from datamodules.bilingual import BilingualText  # noqa: F401  (subclasses are found by name once imported)
+from datamodules.synthetic_world import SyntheticWorld  # noqa: F401
+from datamodules.text import TextDataModule
+from modules.dense import DenseLM  # noqa: F401
+from modules.errors import InputError
+from modules.files import replace_file
+from modules.language_model import LanguageModel
+from modules.mixture import MoELM  # noqa: F401
+
+VOCABULARY = "model.init_args.architecture.vocab_size"
+CONFIGURABLE = {
+    "throughput": Throughput,
+    "growth": Growth,
+    "evaluation": LMEvaluation,
+    "console": Console,
+    "checkpoint": Checkpointing,
+}
+"""Top-level keys of the configuration that set up a callback each."""
+
+
+class _Parser(LightningArgumentParser, OneLineParser):
+    """Lightning's parser, with errors of one line."""
+
+
+class TrainingCLI(LightningCLI):
+    """The verbs that train or validate."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """`fit` and `validate`, without the arguments that the command line provides itself."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """A key for each configurable callback, W&B, and the vocabulary that comes from the data."""
+        for key, callback in CONFIGURABLE.items():
+            parser.add_class_arguments(callback, key)
+        parser.add_class_arguments(WandbSettings, "wandb")
+        parser.link_arguments("data.vocab_size", VOCABULARY, apply_on="instantiate")
+        parser.set_defaults(
+            {
+                "trainer.default_root_dir": "runs/default",
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.check_val_every_n_epoch": None,
+                "trainer.val_check_interval": 500,
+                "trainer.log_every_n_steps": 10,
+                "trainer.gradient_clip_val": 1.0,
+                "trainer.enable_model_summary": False,
+                "trainer.use_distributed_sampler": False,
+            }
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer with our callbacks in their order; loggers join once every check has passed."""
+        parts = {key: self._get(self.config_init, key) for key in CONFIGURABLE}
+        self.growth: Growth = parts["growth"]
+        self.stopper = StopOnSignal()
+        self.checkpoint_io = DirectoryCheckpointIO(self.datamodule)
+        settings = {**self._get(self.config_init, "trainer"), **kwargs}
+        training = [
+            TrainingLog(),
+            parts["throughput"],
+            ExpertLoad(),
+            self.growth,
+            parts["evaluation"],
+            parts["console"],
+            self.stopper,
+            parts["checkpoint"],
+        ]
+        ours = training if self.subcommand == "fit" else []
+        settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
+        settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
+        self.extra_loggers = settings["logger"]
+        settings["logger"] = False
+        if self.subcommand != "fit":
+            settings["enable_checkpointing"] = False
+        return pl.Trainer(**settings)
+
+    # -- fit -----------------------------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Check everything that can be checked; only then touch the run directory."""
+        run_dir = Path(self.trainer.default_root_dir)
+        max_steps = self.trainer.max_steps
+        if max_steps < 1:
+            raise InputError(f"trainer.max_steps={max_steps} gives the run no end; set trainer.max_steps to at least 1")
+        self.model.schedule_config.check_total(max_steps)
+        chosen, damaged = choose_checkpoint(run_dir, self._get(self.config_init, "ckpt_path"))
+        metadata = self._restore_shape(chosen)
+        self.growth.check(self.model.initial_architecture, max_steps, self.model.applied_transitions)
+        if metadata and metadata["step"] > max_steps:
+            raise InputError(
+                f"trainer.max_steps={max_steps} is below the checkpoint's step {metadata['step']}; raise trainer.max_steps"
+            )
+        self._check_data()
+        for path in damaged:
+            sys.stderr.write(f"growmoe fit: checkpoint {path} is damaged and passed over\n")
+        self._open_run(run_dir, metadata)
+
+    def after_fit(self) -> None:
+        """End as the signal that stopped the run demands."""
+        number = self.stopper.received
+        if number is not None:
+            sys.stderr.write(f"growmoe fit: stopped by {signal.Signals(number).name} after a checkpoint\n")
+            sys.exit(128 + number)
+
+    # -- validate ------------------------------------------------------------------------------------------------------
+
+    def before_validate(self) -> None:
+        """Validation needs a checkpoint, and writes nothing."""
+        requested = self._get(self.config_init, "ckpt_path")
+        if requested is None:
+            raise InputError("validate without --ckpt_path would measure random weights; give a checkpoint directory or auto")
+        folder = Path(self.trainer.default_root_dir) / "checkpoints"
+        chosen = store.newest_valid(folder)[0] if requested == "auto" else Path(requested)
+        if chosen is None:
+            raise InputError(f"--ckpt_path auto finds no valid checkpoint in {folder}; give a checkpoint directory")
+        self._restore_shape(chosen)
+        self._check_data()
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _restore_shape(self, chosen: Path | None) -> dict[str, Any]:
+        """Give the model the architecture of the checkpoint, and Lightning its path."""
+        self.config_init[self.subcommand]["ckpt_path"] = None if chosen is None else str(chosen)
+        if chosen is None:
+            return {}
+        metadata = store.read_metadata(chosen)
+        self.model.restore_shape(metadata)
+        return metadata
+
+    def _check_data(self) -> None:
+        """Open and check the data before Lightning opens loggers; the order of ranks matters from two processes on."""
+        if self.trainer.world_size == 1:
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit" if self.subcommand == "fit" else "validate")
+        if self.datamodule.seq_len > self.model.architecture.max_seq_len:
+            raise InputError(
+                f"data.seq_len={self.datamodule.seq_len} is more than the model's "
+                f"max_seq_len={self.model.architecture.max_seq_len}; lower data.seq_len or raise "
+                "model.architecture.max_seq_len"
+            )
+
+    def _open_run(self, run_dir: Path, metadata: dict[str, Any]) -> None:
+        """Write the resolved configuration, take the logs back to the checkpoint, and start the loggers."""
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        text = parser.dump(config, skip_none=False, skip_link_targets=False)
+        run_log = RunLog(run_dir)
+        if self.trainer.is_global_zero:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            replace_file(run_dir / "config.yaml", text.encode())
+            if metadata:
+                run_log.resume_at(metadata["step"], metadata["stage"])
+        wandb_log = None
+        if self.trainer.is_global_zero:
+            settings = self._get(self.config_init, "wandb")
+            wandb_log = start_wandb(settings, run_dir, metadata.get("wandb_id"), yaml.safe_load(text))
+        given = self.extra_loggers if isinstance(self.extra_loggers, list) else [self.extra_loggers]
+        loggers = [run_log, wandb_log, *given]
+        self.trainer.loggers = [logger for logger in loggers if isinstance(logger, pl.loggers.Logger)]
+        self.checkpoint_io.record = {"config": text, "wandb_id": wandb_log.version if wandb_log else None}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parse `fit ...` or `validate ...` and do it."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    _refuse_vocabulary(arguments)
+    sys.argv = ["growmoe", *arguments]
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    TrainingCLI(
+        LanguageModel,
+        TextDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=_Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        seed_everything_default=42,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+def _refuse_vocabulary(arguments: Sequence[str]) -> None:
+    """The vocabulary is the data's; a flag for it would be overridden without a word."""
+    given = [argument for argument in arguments if argument.split("=")[0].endswith("architecture.vocab_size")]
+    if given:
+        raise InputError(f"{given[0]} cannot be set: the vocabulary comes from the data's tokenizer; leave it out")

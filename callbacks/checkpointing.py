@@ -1,0 +1,93 @@
+"""When checkpoints are written, and which are kept."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from callbacks.cadence import finished_step
+from modules.config import require_positive
+from modules.language_model import LanguageModel
+
+
+class Checkpointing(Checkpoint):
+    """Saves `checkpoints/step-XXXXXXXX` regularly, at the end, when the run is told to stop, and on both sides of a transition.
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints.
+        keep_last: regular checkpoints to keep, at least 2; those at transitions (`-stage-K`) stay for good.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep_last: int = 3) -> None:
+        require_positive(**{"checkpoint.every_n_steps": every_n_steps, "checkpoint.keep_last": keep_last})
+        self.every_n_steps = every_n_steps
+        self.keep_last = max(2, keep_last)
+        self._kept: list[str] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time, or when this is the last step."""
+        step = trainer.global_step
+        last = step == trainer.max_steps or trainer.should_stop
+        if finished_step(trainer) and (last or step % self.every_n_steps == 0):
+            path = self._save(trainer, f"step-{step:08d}")
+            self._kept.append(str(path))
+            self._prune(trainer)
+
+    def before_transition(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Keep the last state of the smaller model for good."""
+        self._save_boundary(trainer, pl_module.stage)
+
+    def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: dict[str, Any]) -> None:
+        """Keep the first state of the grown model for good."""
+        self._save_boundary(trainer, pl_module.stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which regular checkpoints are there to be pruned."""
+        return {"kept": list(self._kept)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue pruning where the run stopped."""
+        self._kept = list(state_dict["kept"])
+
+    def _save_boundary(self, trainer: pl.Trainer, stage: int) -> None:
+        with _as_at_batch_end(trainer):
+            self._save(trainer, f"step-{trainer.global_step:08d}-stage-{stage}")
+
+    def _save(self, trainer: pl.Trainer, name: str) -> Path:
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        path, again = folder / name, 2
+        while path.exists():  # a run that went back to an older checkpoint reaches this step once more
+            path, again = folder / f"{name}.{again}", again + 1
+        trainer.save_checkpoint(path)
+        return path
+
+    def _prune(self, trainer: pl.Trainer) -> None:
+        """Delete the oldest regular checkpoints, after the new one is complete."""
+        while len(self._kept) > self.keep_last:
+            trainer.strategy.remove_checkpoint(self._kept.pop(0))
+
+
+@contextmanager
+def _as_at_batch_end(trainer: pl.Trainer) -> Iterator[None]:
+    """Lend Lightning's counters the state that they had when the last batch ended.
+
+    A transition happens when the next batch has been fetched; saved like that, a resumed run would count it as begun.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = (loop.batch_progress.current, loop.batch_progress.total)
+    for counter in progress:
+        counter.ready -= 1
+        counter.completed -= 1
+    loop._batches_that_stepped -= 1
+    try:
+        yield
+    finally:
+        loop._batches_that_stepped += 1
+        for counter in progress:
+            counter.ready += 1
+            counter.completed += 1

@@ -1,0 +1,72 @@
+"""What lm-eval's numbers mean: plain names, the one figure of a task, and the accuracy that guessing would reach."""
+
+import math
+from typing import Any
+
+ACCURACIES = ("acc", "exact_match", "em", "acc_norm", "acc_bytes")
+"""metrics that are shares of right answers, the one that speaks for its task first"""
+
+
+def headline(metrics: dict[str, float | None]) -> float | None:
+    """The one figure of a task: its accuracy where it has one, else its first metric."""
+    names = [key for key in metrics if key != "chance" and "_stderr" not in key]
+    for wanted in ACCURACIES:
+        for key in names:
+            if key.split(",")[0] == wanted:
+                return metrics[key]
+    return metrics[names[0]]
+
+
+def clean_metrics(raw: dict[str, Any]) -> dict[str, float | None]:
+    """Metrics by plain names: `acc` for lm-eval's `acc,none`; other filters keep theirs, as in `exact_match,strict`.
+
+    Accuracies get their standard error, `acc_stderr`: sqrt(p (1 - p) / (n - 1)), which for answers that are right or
+    wrong is the formula of lm-eval. A number that is not finite becomes None, as in JSON.
+    """
+    metrics: dict[str, float | None] = {}
+    for key, value in raw.items():
+        name, comma, filter_name = key.partition(",")
+        if not comma or isinstance(value, str):  # name, alias and counts; "N/A" for a missing standard error
+            continue
+        suffix = "" if filter_name == "none" else f",{filter_name}"
+        number = float(value)
+        metrics[name + suffix] = number if math.isfinite(number) else None
+        if name in ACCURACIES and 0 <= number <= 1 and raw["sample_len"] > 1:
+            metrics[f"{name}_stderr{suffix}"] = math.sqrt(number * (1 - number) / (raw["sample_len"] - 1))
+    return metrics
+
+
+def chance_levels(loaded: dict[str, Any]) -> dict[str, float | None]:
+    """The accuracy of guessing.
+
+    For multiple choice the mean of right answers / choices over the documents that were just evaluated; for other tasks
+    what `metadata: {chance: ...}` of their YAML says; for a group the mean of its tasks'. None where it is not known.
+    """
+    levels: dict[str, tuple[float | None, int]] = {}
+    for name, task in loaded["tasks"].items():
+        levels[name] = _task_chance(task)
+    for name, group in loaded.get("groups", {}).items():
+        children = [levels[task.task_name] for task in group.get_all_tasks()]
+        by_size = all(metric.weight_by_size for metric in group.aggregate_metric_list or [])
+        weights = [size if by_size else 1 for _, size in children]
+        known = [chance * weight for (chance, _), weight in zip(children, weights, strict=True) if chance is not None]
+        complete_group = len(known) == len(children) and sum(weights) > 0
+        levels[name] = (sum(known) / sum(weights) if complete_group else None, sum(size for _, size in children))
+    return {name: chance for name, (chance, _) in levels.items()}
+
+
+def _task_chance(task: Any) -> tuple[float | None, int]:
+    """Chance of one task over the documents that were just evaluated, and their number."""
+    choices: dict[int, int] = {}
+    documents: dict[int, Any] = {}
+    for instance in task.instances:
+        choices[instance.doc_id] = choices.get(instance.doc_id, 0) + 1
+        documents[instance.doc_id] = instance.doc
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return (task.get_config("metadata") or {}).get("chance"), len(documents)
+    if "acc_mutual_info" in task.aggregation():
+        choices = {number: count // 2 for number, count in choices.items()}  # each is asked without its context too
+    right = dict.fromkeys(documents, 1)
+    if getattr(task, "multiple_target", 0):
+        right = {number: len(set(task.doc_to_target(document))) for number, document in documents.items()}
+    return sum(right[number] / choices[number] for number in choices) / len(choices), len(documents)

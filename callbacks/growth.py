@@ -1,0 +1,219 @@
+"""Transitions inside a run: between two optimizer steps the network is exchanged for a grown one."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from callbacks.cadence import starts_step, tokens_seen
+from modules.config import ModelConfig
+from modules.errors import InputError
+from modules.functional.flops import count_parameters
+from modules.functional.losses import linear_cross_entropy
+from modules.growth.transition import (
+    GrowthStage,
+    build_chain,
+    grown_factors,
+    grown_state,
+    is_exact,
+    materialize,
+    network_source,
+    target_config,
+)
+from modules.jsonl import append_jsonl
+from modules.language_model import LanguageModel
+from modules.layers.transformer import Transformer
+from modules.optim import continue_scheduler
+
+LOG_FILE = "transitions.jsonl"
+
+DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""The largest change of a logit that rounding may cause in an exact transition, relative to the largest logit above 1."""
+
+
+class TransitionObserver(Protocol):
+    """A callback that is told of transitions; both methods are optional."""
+
+    def before_transition(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None: ...
+
+    def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: dict[str, Any]) -> None: ...
+
+
+class Growth(pl.Callback):
+    """Grows the model when a stage of the recipe is due, and carries optimizer and schedule through.
+
+    Args:
+        stages: the recipe, in order; empty: the model stays as it is.
+    """
+
+    def __init__(self, stages: list[GrowthStage] | None = None) -> None:
+        self.stages = list(stages or [])
+
+    def check(self, architecture: ModelConfig, max_steps: int, applied: list[str]) -> None:
+        """Check the whole recipe before anything is written: every target, the order of triggers, what was applied.
+
+        Raises:
+            InputError: naming the stage.
+        """
+        for number, stage in enumerate(self.stages):
+            try:
+                architecture = target_config(architecture, stage)
+            except InputError as error:
+                raise InputError(f"growth stage {number + 1}: {error}") from None
+            if stage.at_step is not None and stage.at_step >= max_steps:
+                raise InputError(
+                    f"growth stage {number + 1}: at_step={stage.at_step} is not below trainer.max_steps={max_steps}; "
+                    "move the stage or train longer"
+                )
+        for name in ("at_step", "at_tokens"):
+            points = [getattr(stage, name) for stage in self.stages if getattr(stage, name) is not None]
+            if points != sorted(set(points)):
+                raise InputError(f"growth stages have {name} {points}; stages must come in order, each later than the last")
+        planned = [stage.identity for stage in self.stages[: len(applied)]]
+        if planned != applied:
+            raise InputError(
+                f"the checkpoint has gone through the transitions {applied}, and the recipe begins with {planned}; "
+                "resume with the recipe of that run (stages to come may be changed)"
+            )
+
+    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
+        """Refuse what a transition would break."""
+        if self.stages and isinstance(trainer.strategy, DDPStrategy):
+            raise InputError(
+                "strategy DDP keeps its own copy of the parameters and cannot grow with the model; "
+                "use trainer.devices=1, or remove the growth stages"
+            )
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: LanguageModel, batch: Any, batch_idx: int) -> None:
+        """Apply the stages that are due; the batch at hand is then the new network's first."""
+        if not starts_step(trainer, batch_idx):
+            return
+        while pl_module.stage < len(self.stages) and self._is_due(self.stages[pl_module.stage], trainer):
+            self._apply(self.stages[pl_module.stage], trainer, pl_module)
+
+    def _is_due(self, stage: GrowthStage, trainer: pl.Trainer) -> bool:
+        if stage.at_step is not None:
+            return trainer.global_step >= stage.at_step
+        assert stage.at_tokens is not None
+        return tokens_seen(trainer) >= stage.at_tokens
+
+    def _apply(self, stage: GrowthStage, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        for observer in _observers(trainer, "before_transition"):
+            observer.before_transition(trainer, pl_module)
+        started = time.perf_counter()
+        record = exchange_network(stage, trainer, pl_module)
+        record = {
+            "step": trainer.global_step,
+            "tokens": tokens_seen(trainer),
+            **record,
+            "seconds": round(time.perf_counter() - started, 3),
+            "stage": pl_module.stage,
+            "id": stage.identity,
+        }
+        if trainer.is_global_zero:
+            append_jsonl(Path(trainer.default_root_dir) / LOG_FILE, record)
+        for observer in _observers(trainer, "on_transition"):
+            observer.on_transition(trainer, pl_module, record)
+
+
+def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:
+    """Grow the module's network by one stage: weights, optimizer state, learning rates and schedule.
+
+    Returns:
+        The record of `transitions.jsonl`, without what only the caller knows.
+
+    Raises:
+        RuntimeError: an exact method changed the logits of the held batch by more than rounding.
+    """
+    old = pl_module.network
+    assert old is not None
+    held = trainer.strategy.batch_to_device(trainer.datamodule.held_batch())
+    before = _Probe(pl_module, held)
+    source = network_source(old, _named_optimizer_state(trainer, old), pl_module.factors)
+    grown, kinds, methods = build_chain(source, stage)
+    new = materialize(grown, pl_module.device)
+    mapped = stage.optimizer_state == "mapped"
+    state = grown_state(grown, new) if mapped else {}
+    pl_module.set_network(new, grown_factors(grown, new) if mapped else {}, stage.identity)
+    _exchange_optimizer(trainer, new, state)
+    after = _Probe(pl_module, held)
+    drift, limit = before.drift(after), before.tolerance()
+    if is_exact(new.config, methods) and not drift <= limit:
+        raise RuntimeError(
+            f"transition {kinds} at step {trainer.global_step} changed a logit by {drift:.3g}, and {methods} is exact up to "
+            f"{limit:.3g}; the run stops before it trains on: this is a defect, please report it with the configuration"
+        )
+    count = count_parameters(new.config)
+    return {
+        "kind": kinds[0] if len(kinds) == 1 else kinds,
+        "method": methods[0] if len(methods) == 1 else methods,
+        "source": old.config.to_dict(),
+        "target": new.config.to_dict(),
+        "loss_before": before.loss,
+        "loss_after": after.loss,
+        "max_logit_drift": drift,
+        "exact": is_exact(new.config, methods),
+        "optimizer_state": stage.optimizer_state,
+        "params_total": count.total,
+        "params_active": count.active,
+    }
+
+
+class _Probe:
+    """Loss and final hidden states of the held batch under the present network, in the precision of its weights."""
+
+    @torch.no_grad()
+    def __init__(self, pl_module: LanguageModel, held: dict[str, Tensor]) -> None:
+        network = pl_module.network
+        assert network is not None
+        self.network: Transformer = network
+        hidden_BLD, _ = network(
+            held["tokens"][:, :-1],
+            position_ids_BL=held.get("position_ids"),
+            document_ids_BL=held.get("document_ids"),
+        )
+        self.hidden_TD = hidden_BLD.flatten(0, 1)
+        targets_T = held["tokens"][:, 1:].flatten()
+        total, _ = linear_cross_entropy(self.hidden_TD, network.head_weight, targets_T, pl_module.loss_chunk_rows)
+        self.loss = (total / len(targets_T)).item()
+        self._largest = max(logits.abs().max().item() for logits in self._logits())
+
+    @torch.no_grad()
+    def drift(self, other: "_Probe") -> float:
+        """The largest difference of a logit; NaN counts as infinite."""
+        pairs = zip(self._logits(), other._logits(), strict=True)
+        largest = max((first - second).abs().max().item() for first, second in pairs)
+        return largest if largest == largest else float("inf")
+
+    def tolerance(self) -> float:
+        """The drift that rounding explains."""
+        return DRIFT_TOLERANCE[self.hidden_TD.dtype] * max(1.0, self._largest)
+
+    def _logits(self) -> Iterator[Tensor]:
+        for rows in self.hidden_TD.split(1024):
+            yield self.network.logits(rows)
+
+
+def _named_optimizer_state(trainer: pl.Trainer, network: Transformer) -> dict[str, dict[str, Tensor]]:
+    state = trainer.optimizers[0].state
+    return {name: state[parameter] for name, parameter in network.named_parameters() if parameter in state}
+
+
+def _exchange_optimizer(trainer: pl.Trainer, network: Transformer, state: dict[str, dict[str, Tensor]]) -> None:
+    """New optimizer and schedule through Lightning, then the carried state and the position in the schedule."""
+    trainer.strategy.setup_optimizers(trainer)
+    trainer.strategy.setup_precision_plugin()
+    optimizer = trainer.optimizers[0]
+    for name, parameter in network.named_parameters():
+        if name in state:
+            optimizer.state[parameter] = state[name]
+    continue_scheduler(trainer.lr_scheduler_configs[0].scheduler, trainer.global_step)
+
+
+def _observers(trainer: pl.Trainer, method: str) -> list[Any]:
+    return [callback for callback in trainer.callbacks if hasattr(callback, method)]

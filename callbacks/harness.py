@@ -1,0 +1,341 @@
+"""lm-eval's harness around a network: the adapter that answers its requests, and one call that evaluates tasks.
+
+Importing this file imports lm-eval (seconds): do it where an evaluation begins, not at a program's start.
+`transformers` is not needed and not imported.
+
+Letters: B batch, L sequence, D model, N scored positions, Q asked tokens.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor, nn
+
+from callbacks.eval_results import chance_levels, clean_metrics, headline
+from callbacks.eval_tasks import Suite, load_tasks, preserved_random_state, quiet_harness, seed_everything
+from modules.errors import InputError
+from modules.generation import complete
+from modules.layers.transformer import Transformer
+
+FEWSHOT_SEED = 1234
+"""lm-eval's own default: the shots are the same in every evaluation"""
+LOGIT_ELEMENTS = 2**24
+"""numbers in the logits that exist at one time (64 MiB in float32)"""
+ENCODE_CHUNK = 4096
+"""requests that are tokenized together"""
+
+
+@dataclass
+class _Row:
+    """One forward row: its input ids, how many of its last predictions are asked for, and by which requests."""
+
+    inputs: np.ndarray
+    num_scored: int = 0
+    requests: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+
+class HarnessLM(TemplateLM):
+    """A network and its tokenizer as lm-eval sees a model.
+
+    Every context begins with one end-of-text token, as every document does in training. Requests that share context
+    and continuation up to its last token share one forward row: the answers A, B, C, D of a question cost one. A
+    context that is too long loses its beginning, as in lm-eval's own models.
+
+    Args:
+        network: a `Transformer` in eval mode.
+        tokenizer: with `encode`, `encode_batch`, `decode`, `eos_id` and `sha256`.
+        max_batch_tokens: tokens of one forward pass, padding included; a single longer row is still evaluated.
+    """
+
+    def __init__(self, network: Transformer, tokenizer: Any, max_batch_tokens: int = 8192) -> None:
+        super().__init__()
+        if max_batch_tokens < 1:
+            raise InputError(f"max_batch_tokens={max_batch_tokens} must be at least 1; 8192 is a good start")
+        self.network = network
+        self.tokenizer = tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        self._device = next(network.parameters()).device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What begins every context: the end-of-text token."""
+        return self.tokenizer.eos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the network accepts."""
+        return self.network.config.max_seq_len
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name that changes with the tokenizer."""
+        return self.tokenizer.sha256
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self.tokenizer.encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether greedy decoding would produce it."""
+        encoded = []
+        for start in range(0, len(requests), ENCODE_CHUNK):
+            encoded += self._encode_pairs([request.args for request in requests[start : start + ENCODE_CHUNK]])
+        return self._loglikelihood_tokens(encoded)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-probability of each whole text, in windows of the model's length; each token is predicted once."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((request.args, *make_disjoint_window(pair)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_prob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Continue each context until a stop string, the end of text or its number of tokens; the stop is cut off."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        texts = [""] * len(requests)
+        for indices in groups.values():
+            contexts = [requests[index].args[0] for index in indices]
+            for index, text in zip(indices, self._continue(contexts, requests[indices[0]].args[1]), strict=True):
+                texts[index] = text
+        return texts
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], np.ndarray, np.ndarray]]:
+        """Ids of contexts and continuations, split as `TemplateLM._encode_pair` does: spaces go to the continuation.
+
+        Held as uint32: the requests of MMLU with shots are 59 million tokens.
+        """
+        contexts = [context.rstrip() for context, _ in pairs]
+        wholes = [context + continuation for context, continuation in pairs]
+        texts = list(dict.fromkeys([*contexts, *wholes]))
+        ids = dict(zip(texts, (np.asarray(x, np.uint32) for x in self.tokenizer.encode_batch(texts)), strict=True))
+        begin = np.asarray([self.prefix_token_id], np.uint32)
+        return [
+            (pair, np.concatenate([begin, ids[context]]), ids[whole][len(ids[context]) :])
+            for pair, context, whole in zip(pairs, contexts, wholes, strict=True)
+        ]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[tuple[str, ...], Sequence[int], Sequence[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score continuations after contexts that already hold their begin token."""
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # what an empty continuation scores
+        rows = _shared_rows(requests, self.max_length)
+        rows.sort(key=lambda row: -len(row.inputs))
+        start = 0
+        while start < len(rows):
+            count = max(1, self.max_batch_tokens // len(rows[start].inputs))
+            self._score_rows(rows[start : start + count], answers)
+            start += count
+        return answers
+
+    def _score_rows(self, rows: Sequence[_Row], answers: list[tuple[float, bool]]) -> None:
+        """One forward pass over rows padded on the right (which causal attention does not see); fills `answers`."""
+        padded_BL = np.full((len(rows), max(len(row.inputs) for row in rows)), self.eot_token_id, np.int64)
+        for place, row in enumerate(rows):
+            padded_BL[place, : len(row.inputs)] = row.inputs
+        hidden_BLD, _ = self.network(torch.from_numpy(padded_BL).to(self.device))
+        scored = [
+            hidden_BLD[place, len(row.inputs) - row.num_scored : len(row.inputs)] for place, row in enumerate(rows)
+        ]
+        positions, targets, lengths = [], [], []
+        end = 0
+        for row in rows:
+            end += row.num_scored
+            for index, continuation in row.requests:
+                positions.append(np.arange(end - len(continuation), end))
+                targets.append(continuation.astype(np.int64))
+                lengths.append((index, len(continuation)))
+        log_prob_Q, greedy_Q = self._head(
+            torch.cat(scored), torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(targets))
+        )
+        start = 0
+        for index, length in lengths:
+            asked = slice(start, start + length)
+            answers[index] = (log_prob_Q[asked].sum().item(), bool(greedy_Q[asked].all()))
+            start += length
+
+    def _head(self, hidden_ND: Tensor, positions_Q: Tensor, targets_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability (float64) of each target at its position, and whether it is the likeliest token there."""
+        log_prob_Q = torch.zeros(len(targets_Q), dtype=torch.float64)
+        greedy_Q = torch.zeros(len(targets_Q), dtype=torch.bool)
+        chunk = max(1, LOGIT_ELEMENTS // self.network.config.vocab_size)
+        for start in range(0, len(hidden_ND), chunk):
+            logits = self.network.logits(hidden_ND[start : start + chunk])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            here_Q = (positions_Q >= start) & (positions_Q < start + chunk)
+            rows = (positions_Q[here_Q] - start).to(logits.device)
+            targets = targets_Q[here_Q].to(logits.device)
+            log_prob_Q[here_Q] = (logits[rows, targets] - logits.logsumexp(dim=-1)[rows]).double().cpu()
+            greedy_Q[here_Q] = (logits.argmax(dim=-1)[rows] == targets).cpu()
+        return log_prob_Q, greedy_Q
+
+    def _continue(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
+        """Texts generated after contexts with the same settings, longest contexts first, batched under the budget."""
+        settings = normalize_gen_kwargs(gen_kwargs)
+        stops = [stop for stop in settings["until"] if stop]
+        # half of a short window stays for the context: a task may ask for more tokens than the model has
+        max_new_tokens = min(settings["max_gen_toks"], self.max_length // 2)
+        room = self.max_length - max_new_tokens - 1
+        prompts = [ids[max(0, len(ids) - room) :] for ids in self.tokenizer.encode_batch(list(contexts))]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        texts = [""] * len(prompts)
+        start = 0
+        while start < len(order):
+            count = max(1, self.max_batch_tokens // (len(prompts[order[start]]) + 1 + max_new_tokens))
+            chosen = order[start : start + count]
+            continuations = complete(
+                self.network,
+                [prompts[index] for index in chosen],
+                max_new_tokens=max_new_tokens,
+                eos_id=self.eot_token_id,
+                temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+                top_k=settings.get("top_k") or None,
+                top_p=settings.get("top_p"),
+                generator=torch.Generator(self.device).manual_seed(FEWSHOT_SEED + start),
+                stop=lambda _, tokens: self._has_stopped(tokens, stops),
+            )
+            for index, tokens in zip(chosen, continuations, strict=True):
+                texts[index] = postprocess_generated_text(self.tokenizer.decode(tokens), stops, None)
+            start += count
+        return texts
+
+    def _has_stopped(self, tokens: Sequence[int], stops: Sequence[str]) -> bool:
+        """Whether a stop string ends in the last token. A token spells a byte or more, so the tail is long enough."""
+        longest = max((len(stop.encode()) for stop in stops), default=0)
+        tail = self.tokenizer.decode(list(tokens[-longest - 4 :])) if stops else ""
+        return any(stop in tail for stop in stops)
+
+
+def evaluate_tasks(
+    network: Transformer,
+    tokenizer: Any,
+    tasks: Suite | Sequence[str] | dict[str, dict[str, Any]],
+    *,
+    include_path: Path | None = None,
+    limit: int | float | None = None,
+    max_batch_tokens: int = 8192,
+    on_failure: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Any]:
+    """Run lm-eval tasks on a network, and leave network, random state and gradients as they were.
+
+    Args:
+        network: the model; it is evaluated in eval mode, on its device and in its type.
+        tokenizer: the tokenizer that the model was trained with.
+        tasks: a suite, task names, or tasks that `load_tasks` has loaded (to evaluate them many times).
+        include_path: a folder with task YAMLs, when `tasks` are names.
+        limit: documents per task at most; below 1, a share of them.
+        max_batch_tokens: tokens of one forward pass.
+        on_failure: called with a task's name and the error, and the others go on; without it the error is raised.
+
+    Returns:
+        `results`: for every task and group its metrics (accuracies in 0..1) by name, with the standard error of
+        accuracies as `<metric>_stderr`, and `chance`, the accuracy of guessing, where it is known; `headline`: the one
+        figure of each task that was asked for; `num_samples` and `num_fewshot`: documents and shots by task;
+        `versions`: of lm-eval, datasets and the tasks.
+
+    Raises:
+        InputError: unknown tasks, data that cannot be loaded, a limit that is not above 0.
+    """
+    if limit is not None and not limit > 0:
+        raise InputError(f"limit={limit} must be above 0 documents; leave it out to evaluate all")
+    if not isinstance(tasks, dict):
+        suite = tasks if isinstance(tasks, Suite) else Suite(name=",".join(tasks), tasks=tuple(tasks))
+        tasks = load_tasks(suite, include_path)
+    record: dict[str, Any] = {key: {} for key in ("results", "headline", "num_samples", "num_fewshot", "versions")}
+    with preserved_random_state(), quiet_harness(), _eval_mode(network), torch.no_grad():
+        model = HarnessLM(network, tokenizer, max_batch_tokens)
+        for name, loaded in tasks.items():
+            try:
+                _evaluate_one(model, name, loaded, limit, record)
+            except Exception as error:
+                if on_failure is None:
+                    raise
+                on_failure(name, error)
+    record["versions"].update({name: version(name) for name in ("lm_eval", "datasets")})
+    return record
+
+
+def _evaluate_one(
+    model: HarnessLM,
+    name: str,
+    loaded: dict[str, Any],
+    limit: int | float | None,
+    record: dict[str, Any],
+) -> None:
+    """Evaluate what one name stands for (a task, a group or a tag) and add it to `record`."""
+    seed_everything()
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    # no bootstrap: it would start a pool of processes; no request cache: its key knows neither the data nor a version
+    output = evaluator.evaluate(model, loaded, limit=limit, bootstrap_iters=0, log_samples=False, cache_requests=False)
+    results = {task: clean_metrics(raw) for task, raw in output["results"].items()}
+    results = {task: metrics for task, metrics in results.items() if metrics}  # groups without a mean of their own
+    for task, chance in chance_levels(loaded).items():
+        if task in results and chance is not None:
+            results[task]["chance"] = chance
+    record["results"].update(results)
+    record["num_samples"].update({task: output["results"][task]["sample_len"] for task in results})
+    record["versions"].update(output["versions"])
+    record["num_fewshot"].update(output["n-shot"])
+    asked = [name] if name in results else [task for task in loaded["tasks"] if task in results]
+    record["headline"].update({task: headline(results[task]) for task in asked})
+    for task in loaded["tasks"].values():
+        task._instances = None  # built anew each time; MMLU's hold 250 MB of prompts
+
+
+def _shared_rows(
+    requests: Sequence[tuple[tuple[str, ...], Sequence[int], Sequence[int]]], max_length: int
+) -> list[_Row]:
+    """One row per distinct input; a request's answers come from the last positions of its row."""
+    rows: dict[bytes, _Row] = {}
+    for index, (_, context, continuation) in enumerate(requests):
+        if len(continuation) == 0:
+            continue
+        if len(continuation) > max_length:
+            raise InputError(
+                f"a continuation of {len(continuation)} tokens is longer than the model's max_seq_len={max_length}; "
+                "leave this task out, or evaluate a model with a longer window"
+            )
+        asked = np.asarray(continuation, np.uint32)
+        inputs = np.concatenate([np.asarray(context, np.uint32), asked[:-1]])[-max_length:]
+        row = rows.setdefault(inputs.tobytes(), _Row(inputs))
+        row.num_scored = max(row.num_scored, len(asked))
+        row.requests.append((index, asked))
+    return list(rows.values())
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluate, then give every submodule back the mode that it had."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,154 @@
+"""Byte-level BPE tokenizers: training them, and the few things that the rest of the program asks of one."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from modules.errors import InputError
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+_EOS_NAMES = (EOS, "<|endoftext|>", "</s>", "<|im_end|>")
+_NUM_RESERVED = 256 + 3  # every byte and the three special tokens
+
+# The split of GPT-4 and Llama 3, with runs of Han characters apart from other letters and from punctuation: a word of
+# Latin letters inside Chinese text stays a word, and Chinese punctuation never merges with what follows it.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}&&[^\p{{Han}}]]+"
+    r"|\p{{Han}}+"
+    r"|\p{{N}}{{1,{digits}}}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back. Text never produces special tokens, also where it spells one."""
+
+    def __init__(self, text: str) -> None:
+        """Builds the tokenizer from the text of a `tokenizer.json`; see `load`, `from_json` and `train_tokenizer`."""
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises plain Exception
+            reason = str(error).splitlines()[0]
+            raise InputError(f"not a tokenizer.json: {reason}; give a file written by the tokenizers library") from None
+        self._text = text
+        self._inner.no_padding()
+        self._inner.no_truncation()
+        self._inner.encode_special_tokens = True
+        self.eos_id = self._find_eos()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads a `tokenizer.json`.
+
+        Raises:
+            InputError: if the file is missing, is no tokenizer, or has no end-of-text token.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"tokenizer {path} cannot be read: {error.strerror}; give a tokenizer.json") from None
+        except UnicodeDecodeError:
+            raise InputError(f"tokenizer {path} is not UTF-8 text; give a tokenizer.json") from None
+        try:
+            return cls(text)
+        except InputError as error:
+            raise InputError(f"tokenizer {path}: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """The tokenizer that `to_json` wrote."""
+        return cls(text)
+
+    def to_json(self) -> str:
+        """The text of the `tokenizer.json`, byte for byte as it was loaded or trained."""
+        return self._text
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the tokenizer: the hash of its JSON text."""
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token spells: int64 [V], 0 for special tokens.
+
+        Exact for byte-level vocabularies. In SentencePiece-like ones, where the marker for a space is one byte, a space
+        that the tokenizer adds in front of a text is counted too.
+        """
+        is_byte_level = '"ByteLevel"' in json.dumps(json.loads(self._text)["decoder"])
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._inner.get_vocab(with_added_tokens=False).items():
+            if is_byte_level:
+                sizes[index] = len(token)  # one printable character stands for each byte
+            elif len(token) == 6 and token.startswith("<0x"):
+                sizes[index] = 1
+            else:
+                sizes[index] = len(token.replace("\u2581", " ").encode())
+        for index, token in self._inner.get_added_tokens_decoder().items():
+            sizes[index] = 0 if token.special else len(token.content.encode())
+        return sizes
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, without special tokens; uses every core."""
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens are left out."""
+        return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def _find_eos(self) -> int:
+        for name in _EOS_NAMES:
+            index = self._inner.token_to_id(name)
+            if index is not None:
+                return index
+        raise InputError(f"no end-of-text token; the vocabulary needs one of {', '.join(_EOS_NAMES)}")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_digits: int = 1) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer; the same texts always give the same tokenizer.
+
+    Ids 0, 1, 2 are <|bos|>, <|eos|>, <|pad|>; all 256 bytes are in the vocabulary, so every text can be spelled.
+
+    Args:
+        texts: training text, read once.
+        vocab_size: upper limit on the number of tokens; a small text may give fewer.
+        max_digits: longest run of digits in one token. Single digits make arithmetic learnable for small models.
+    """
+    if vocab_size < _NUM_RESERVED:
+        raise InputError(
+            f"vocabulary of {vocab_size} is too small; all bytes and special tokens need at least {_NUM_RESERVED}"
+        )
+    if not 1 <= max_digits <= 3:
+        raise InputError(f"max_digits={max_digits} is out of range; choose 1, 2 or 3")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT.format(digits=max_digits)), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer=trainer)
+    return Tokenizer(inner.to_str())

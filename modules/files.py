@@ -1,0 +1,42 @@
+"""Files that a crash cannot tear: written beside their name, brought to the disk, then renamed."""
+
+import os
+import uuid
+from pathlib import Path
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Give `path` the content `data` in one step: written beside it, fsynced, then renamed over it.
+
+    A crash at any instant leaves either the old or the new content under the name.
+    """
+    aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(aside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Bring a finished file to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in a directory (new files, renames) to the disk, where the file system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems refuse it for directories
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Obvious implementations that the real ones are compared with."""

@@ -1,0 +1,84 @@
+"""Configurations refuse what cannot be built, in one line that names the values."""
+
+import pytest
+
+from modules.config import ModelConfig, MoEConfig
+from modules.errors import InputError
+from modules.functional.flops import count_parameters
+from modules.functional.schedule import ScheduleConfig, learning_rate_factor
+from modules.layers.transformer import Transformer
+from modules.optim import OptimizerConfig
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dim": -4}, "dim=-4"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"dim": 100, "num_heads": 3}, "dim=100 is not divisible by num_heads=3; choose num_heads=2"),
+        ({"dim": 96, "num_heads": 4, "num_kv_heads": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
+        ({"dim": 96, "num_heads": 4, "head_dim": 5}, "head_dim=5 is odd"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan"),
+        ({"dim": 100, "num_heads": 2, "moe": MoEConfig()}, "dim=100 of a routed layer is not a multiple of 8"),
+        ({"num_layers": 2, "moe": MoEConfig(every=3)}, "names no layer"),
+        ({"num_layers": 2, "moe": MoEConfig(layers=(5,))}, "layers=(5,)"),
+    ],
+)
+def test_model_config_refuses(change: dict, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ModelConfig(**{"vocab_size": 64, **change})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_top_k_over_experts() -> None:
+    with pytest.raises(InputError, match="top_k=9 is more than num_experts=8"):
+        MoEConfig(num_experts=8, top_k=9)
+
+
+@pytest.mark.parametrize("field", [{"lr": -1.0}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}])
+def test_optimizer_config_refuses(field: dict) -> None:
+    with pytest.raises(InputError):
+        OptimizerConfig(**field)
+
+
+def test_dictionary_round_trip() -> None:
+    config = ModelConfig(vocab_size=64, moe=MoEConfig(layers=(1, 3)))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("moe", [None, MoEConfig(num_experts=4, top_k=2, every=2), MoEConfig(4, 1, expert_dim=16)])
+@pytest.mark.parametrize("extra", [{}, {"qkv_bias": True, "qk_norm": True, "num_kv_heads": 1, "head_dim": 12}])
+def test_parameter_count_is_the_network(tied: bool, moe: MoEConfig | None, extra: dict) -> None:
+    config = ModelConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, tie_embeddings=tied, moe=moe, **extra)
+    network = Transformer(config)
+    count = count_parameters(config)
+    assert count.total == sum(p.numel() for p in network.parameters())
+    expert = sum(p.numel() for n, p in network.named_parameters() if ".experts." in n)
+    unused = 0 if moe is None else expert * (moe.num_experts - moe.top_k) // moe.num_experts
+    assert count.active == count.total - unused
+
+
+def test_families_have_their_sizes() -> None:
+    sizes = {"nano": (144, 4, 3), "micro": (240, 8, 5), "tiny": (384, 12, 8)}
+    for (dim, layers, heads), want in zip(sizes.values(), (1e6, 5.5e6, 21e6), strict=True):
+        count = count_parameters(ModelConfig(vocab_size=16384, dim=dim, num_layers=layers, num_heads=heads))
+        assert count.non_embedding == pytest.approx(want, rel=0.02)
+        gains = dim * (2 * layers + 1)
+        assert count.non_embedding - gains == 12 * layers * dim**2
+
+
+def test_schedules() -> None:
+    wsd = ScheduleConfig("wsd", warmup_steps=10, decay_fraction=0.2, final_ratio=0.1)
+    factors = [learning_rate_factor(step, 100, wsd) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10:81] == [1.0] * 71
+    assert factors[90] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    cosine = ScheduleConfig("cosine", warmup_steps=0, final_ratio=0.0)
+    assert learning_rate_factor(50, 100, cosine) == pytest.approx(0.5)
+    assert learning_rate_factor(100, 100, cosine) == pytest.approx(0.0)
+    assert learning_rate_factor(10**6, 100, ScheduleConfig("constant")) == 1.0
+    with pytest.raises(InputError, match="warmup_steps=10 is not below the run's 10 steps"):
+        wsd.check_total(10)

@@ -1,0 +1,66 @@
+"""The chunked cross-entropy is plain cross-entropy, to the last gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modules.functional.losses import IGNORE_INDEX, linear_cross_entropy
+from tests.conftest import TOLERANCE
+
+
+@given(
+    tokens=st.integers(1, 20),
+    chunk=st.integers(1, 25),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    ignored=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_equals_cross_entropy(tokens: int, chunk: int, dtype: torch.dtype, ignored: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    hidden = torch.randn(tokens, 6, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=dtype, requires_grad=True)
+    targets = torch.randint(11, (tokens,))
+    targets[:ignored] = IGNORE_INDEX
+    total, losses = linear_cross_entropy(hidden, weight, targets, chunk)
+    want = F.cross_entropy(hidden @ weight.T, targets, reduction="none", ignore_index=IGNORE_INDEX)
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(losses, want.detach(), **close)
+    torch.testing.assert_close(total, want.sum(), **close)
+    got = torch.autograd.grad(3 * total, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(3 * want.sum(), (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, **close)
+
+
+def test_autocast_multiplies_in_bfloat16_and_adds_up_in_float32() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    targets = torch.randint(40, (50,))
+    with torch.autocast("cpu", torch.bfloat16):
+        total, losses = linear_cross_entropy(hidden, weight, targets, 16)
+    assert total.dtype == losses.dtype == torch.float32
+    want = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(total, want, rtol=TOLERANCE[torch.bfloat16], atol=0)
+    got = torch.autograd.grad(total, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(want, (hidden, weight)), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_no_more_than_a_chunk_of_logits_is_alive(chunk: int) -> None:
+    largest = 0
+    original = torch.Tensor.gather
+
+    def watching(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, self.shape[0])
+        return original(self, *args, **kwargs)
+
+    torch.Tensor.gather = watching
+    try:
+        linear_cross_entropy(torch.randn(64, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (64,)), chunk)
+    finally:
+        torch.Tensor.gather = original
+    assert largest == chunk
