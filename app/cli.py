@@ -1,13 +1,18 @@
 """The command line: `growmoe VERB ...`. Lightning is imported only for the verbs that need it."""
 
 import importlib
+import inspect
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from modules.errors import InputError
+from modules.errors import InputError, find_input_error
+
+if TYPE_CHECKING:
+    from app.parsing import OneLineParser
 
 TRAINER_VERBS = {
     "fit": "train a model, growing it on the way when the recipe says so",
@@ -32,11 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb, rest = arguments[0], arguments[1:]
     try:
         _runner(verb)(rest)
-    except InputError as error:
-        sys.stderr.write(f"growmoe {verb}: {' '.join(str(error).split())}\n")
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        reason = find_input_error(error)
+        if reason is None:
+            raise
+        sys.stderr.write(f"growmoe {verb}: {' '.join(str(reason).split())}\n")
+        sys.exit(2)
 
 
 def _runner(verb: str) -> Callable[[Sequence[str]], None]:
@@ -64,9 +72,17 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
 
     function = getattr(importlib.import_module(f"app.commands.{verb}"), verb)
     parser = OneLineParser(prog=f"growmoe {verb}", description=COMMANDS[verb])
-    parser.add_function_arguments(function, as_positional=True)
+    _add_signature(parser, function)
     config = parser.parse_args(list(arguments))
     function(**vars(parser.instantiate_classes(config)))
+
+
+def _add_signature(parser: "OneLineParser", function: Callable[..., None]) -> None:
+    """Parameters before the `*` of the signature are positional on the command line, those behind it are options."""
+    parameters = inspect.signature(function).parameters.values()
+    options = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    parser.add_function_arguments(function, skip=options, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, skip={p.name for p in parameters} - options)
 
 
 def _help() -> str:

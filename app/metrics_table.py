@@ -39,7 +39,6 @@ def read_table(path: Path) -> MetricsTable:
     A missing file is an empty table. Raises InputError for a file that is not a table of metrics.
     """
     data = path.read_bytes() if path.exists() else b""
-    data = data[: data.rfind(b"\n") + 1]
     lines = csv.reader(data.decode("utf-8", errors="replace").split("\n")[:-1])
     header = next(lines, None)
     if header is None:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from modules.errors import InputError
+from modules.errors import find_input_error
 
 _NOISE = re.compile(r"Expected a <class 'NoneType'>|Given value|^Errors:$|^Does not validate|^Problem with given|^- ?$")
 
@@ -17,7 +17,7 @@ class OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the innermost reason, without usage and traceback."""
-        reason = _input_error(ex)
+        reason = find_input_error(ex)
         line = str(reason) if reason else _first_reason(message)
         sys.stderr.write(f"{self.prog}: {' '.join(line.split())}{self._suggestion(line)}\n")
         sys.exit(2)
@@ -40,17 +40,6 @@ def _nested_names(parser: Any) -> list[str]:
     model = [f"architecture.{field.name}" for field in fields(ModelConfig)]
     moe = [f"architecture.moe.{field.name}" for field in fields(MoEConfig)]
     return model + moe
-
-
-def _input_error(error: BaseException | None) -> InputError | None:
-    """The `InputError` from which an exception follows, if any."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, InputError):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _first_reason(message: str) -> str:

@@ -81,9 +81,13 @@ def choose_suite(tasks: str | Sequence[str]) -> Suite:
         if tasks in suite_names():
             return load_suite(tasks)
         tasks = [task.strip() for task in tasks.split(",") if task.strip()]
+    return Suite(name=",".join(tasks), tasks=tuple(tasks), embedded=not embedded_tasks().isdisjoint(tasks))
+
+
+def embedded_tasks() -> set[str]:
+    """The tasks that an embedded world brings with it."""
     suites = (load_suite(name) for name in suite_names())
-    embedded = {task for suite in suites if suite.embedded for task in suite.tasks}
-    return Suite(name=",".join(tasks), tasks=tuple(tasks), embedded=not embedded.isdisjoint(tasks))
+    return {task for suite in suites if suite.embedded for task in suite.tasks}
 
 
 def load_tasks(suite: Suite, include_path: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -175,7 +179,7 @@ def _task_managers(suite: Suite, include_path: Path | None) -> tuple[Any, Any]:
     registry = TaskManager(include_defaults=True, include_path=folders)
     for name in suite.tasks:
         if name not in registry.task_index:
-            near = difflib.get_close_matches(name, registry.all_tasks, n=3)
+            near = difflib.get_close_matches(name, [*embedded_tasks(), *registry.all_tasks], n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "list the names with: lm-eval ls tasks"
             raise InputError(
                 f"evaluation task {name!r} is neither a suite ({', '.join(suite_names())}) nor among the "

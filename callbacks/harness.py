@@ -36,6 +36,9 @@ LOGIT_ELEMENTS = 2**24
 ENCODE_CHUNK = 4096
 """requests that are tokenized together"""
 
+Request = tuple[tuple[str, ...], Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
+"""Texts, and the ids of context and continuation: lm-eval's own order."""
+
 
 @dataclass
 class _Row:
@@ -124,7 +127,7 @@ class HarnessLM(TemplateLM):
                 texts[index] = text
         return texts
 
-    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], np.ndarray, np.ndarray]]:
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
         """Ids of contexts and continuations, split as `TemplateLM._encode_pair` does: spaces go to the continuation.
 
         Held as uint32: the requests of MMLU with shots are 59 million tokens.
@@ -139,9 +142,7 @@ class HarnessLM(TemplateLM):
             for pair, context, whole in zip(pairs, contexts, wholes, strict=True)
         ]
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, ...], Sequence[int], Sequence[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         """Score continuations after contexts that already hold their begin token."""
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # what an empty continuation scores
         rows = _shared_rows(requests, self.max_length)
@@ -308,9 +309,7 @@ def _evaluate_one(
         task._instances = None  # built anew each time; MMLU's hold 250 MB of prompts
 
 
-def _shared_rows(
-    requests: Sequence[tuple[tuple[str, ...], Sequence[int], Sequence[int]]], max_length: int
-) -> list[_Row]:
+def _shared_rows(requests: Sequence[Request], max_length: int) -> list[_Row]:
     """One row per distinct input; a request's answers come from the last positions of its row."""
     rows: dict[bytes, _Row] = {}
     for index, (_, context, continuation) in enumerate(requests):

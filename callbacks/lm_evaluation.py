@@ -13,7 +13,7 @@ from callbacks.cadence import finished_step, tokens_seen
 from callbacks.eval_tasks import Suite, choose_suite, load_suite, load_tasks, preserved_random_state
 from modules.errors import InputError
 from modules.files import replace_file
-from modules.language_model import log_metrics
+from modules.language_model import LanguageModel, log_metrics
 
 
 class LMEvaluation(pl.Callback):
@@ -96,36 +96,36 @@ class LMEvaluation(pl.Callback):
             )
         self._tasks = load_tasks(self.suite, folder)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         """Load the tasks, unless `prepare` has been called with this data already."""
         if stage == "fit" and self._prepared_for is not trainer.datamodule:
             self.prepare(trainer.datamodule)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Evaluate the untrained network when asked to; a resumed run has been past this."""
         if self.at_start and trainer.global_step == 0:
             self.evaluate_now(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Evaluate behind every n-th optimizer step, never inside an accumulation."""
         is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if is_due and finished_step(trainer):
             self.evaluate_now(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Evaluate the trained network, unless its last step was evaluated already."""
         if self.at_end and (self.latest is None or self.latest["step"] != trainer.global_step):
             self.evaluate_now(trainer, pl_module)
 
-    def on_transition(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: Mapping[str, Any]) -> None:
+    def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: Mapping[str, Any]) -> None:
         """Evaluate the network that a transition has just put in the place of the former one."""
         if self.at_transitions:
             self.evaluate_now(trainer, pl_module, record)
 
     def evaluate_now(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, transition: Mapping[str, Any] | None = None
+        self, trainer: pl.Trainer, pl_module: LanguageModel, transition: Mapping[str, Any] | None = None
     ) -> dict[str, Any] | None:
         """Evaluate the present network, write and log the results, and return their record.
 
@@ -156,12 +156,13 @@ class LMEvaluation(pl.Callback):
     def _evaluate(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: LanguageModel,
         tasks: dict[str, dict[str, Any]],
         transition: Mapping[str, Any] | None,
     ) -> dict[str, Any] | None:
         from callbacks.harness import evaluate_tasks
 
+        assert pl_module.network is not None
         start = time.perf_counter()
         found = evaluate_tasks(
             pl_module.network,

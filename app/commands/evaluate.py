@@ -68,7 +68,7 @@ def _import_harness() -> Any:
 
 def _write_embedded_tasks(suite: "Suite", metadata: dict[str, Any], folder: Path) -> Path:
     """The tasks of the world that the checkpoint was trained on, made again from its parameters."""
-    from datamodules import write_world_tasks
+    from datamodules.world.tasks import write_world_tasks
 
     world = (metadata.get("data") or {}).get("world")
     if world is None:
@@ -84,6 +84,8 @@ def _table(record: dict[str, Any]) -> "Table":
     """Task, metric, value, standard error, chance level and documents, one line per metric."""
     from rich.table import Table
 
+    from callbacks.eval_results import ACCURACIES
+
     limit = "" if record["limit"] is None else f", limit {record['limit']}"
     table = Table(title=f"{record['checkpoint']}: {record['suite']}{limit}")
     table.add_column("task")
@@ -97,7 +99,7 @@ def _table(record: dict[str, Any]) -> "Table":
             if name == "chance" or name.endswith("_stderr"):
                 continue
             stderr = metrics.get(f"{name}_stderr{comma}{filter_name}")
-            shown_chance = chance if name.startswith("acc") else None
+            shown_chance = chance if name in ACCURACIES else None
             cells = [_number(value), _number(stderr), _number(shown_chance), str(record["num_samples"][task])]
             table.add_row(task, key, *cells)
     return table

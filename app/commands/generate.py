@@ -65,14 +65,14 @@ def generate(
 def stream_text(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
     """The text of tokens as they arrive, in whole characters: bytes of an unfinished character wait for the rest.
 
-    The pieces add up to the text of all tokens, less a character that is unfinished at the end. Bytes in the middle
-    that belong to no character, which a weak model may write, show as U+FFFD.
+    The pieces add up to the text of all tokens. Bytes that belong to no character, which a weak model may write, are left
+    out, as is a character that is still unfinished at the end.
     """
     seen: list[int] = []
     num_shown = 0
     for token in tokens:
         seen.append(token)
-        whole = decode(seen).rstrip("\ufffd")  # where decoders put bytes that make no character yet
+        whole = decode(seen).replace("\ufffd", "")  # what decoders put for bytes that make no character, or not yet
         if len(whole) > num_shown:
             yield whole[num_shown:]
             num_shown = len(whole)

@@ -41,7 +41,7 @@ EXACT_DRIFT = 1e-4
 """What rounding may change of a logit, relative to the largest (float32 weights)."""
 
 
-def grow(checkpoint: Path, config: Path, output: Path, stage: int | None = None) -> None:
+def grow(checkpoint: Path, *, config: Path, output: Path, stage: int | None = None) -> None:
     """Grow the model of a checkpoint by one stage of a recipe, weights and optimizer state, into a new checkpoint.
 
     A run that resumes from the new checkpoint with the same recipe goes on as if the transition had happened inside it.

@@ -11,15 +11,18 @@ _THINGS = ("apples 苹果", "pears 梨", "balls 球", "coins 金币")
 _LEAST = 2  # so that things always stand in the plural
 
 _SUMS = (
+    "What is {a} + {b}? | {a} + {b}是几？",
     "A {w} has {a} {o} and gets {b} more. How many {o} are there now? | {w}有{a}个{o}，又得到{b}个。现在有几个{o}？",
     "There are {a} {o} in one box and {b} in another. How many {o} are there in all? | "
     "一个盒子里有{a}个{o}，另一个有{b}个。一共有几个{o}？",
 )
 _DIFFERENCES = (
+    "What is {a} - {b}? | {a} - {b}是几？",
     "A {w} has {a} {o} and gives away {b}. How many {o} are left? | {w}有{a}个{o}，送出{b}个。还有几个{o}？",
     "There are {a} {o} in a box. A {w} takes {b}. How many {o} are left? | 盒子里有{a}个{o}，{w}拿走{b}个。还有几个{o}？",
 )
 _FRAMES = {"en": ("Question: {q}\nAnswer:", " {n}"), "zh": ("问题：{q}\n答案：", "{n}")}
+_WORKING = "{a} {sign} {b} = {c}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def all_combinations(max_operand: int) -> list[tuple[int, int, bool]]:
 def draw_problem(rng: random.Random, combinations: list[tuple[int, int, bool]]) -> Problem:
     """A random problem with one of the given combinations."""
     left, right, plus = rng.choice(combinations)
-    return Problem(left, right, plus, rng.randrange(2), rng.randrange(len(_PEOPLE)), rng.randrange(len(_THINGS)))
+    return Problem(left, right, plus, rng.randrange(len(_SUMS)), rng.randrange(len(_PEOPLE)), rng.randrange(len(_THINGS)))
 
 
 def ask_problem(problem: Problem, language: str) -> str:
@@ -69,6 +72,6 @@ def ask_problem(problem: Problem, language: str) -> str:
 def tell_problem(problem: Problem) -> Text:
     """The problem with its answer, in both languages."""
     return {
-        language: ask_problem(problem, language) + _FRAMES[language][1].format(n=problem.answer)
+        language: ask_problem(problem, language) + _FRAMES[language][1].format(n=_WORKING.format(a=problem.left,b=problem.right,sign="+" if problem.plus else "-",c=problem.answer))
         for language in LANGUAGES
     }

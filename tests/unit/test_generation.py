@@ -200,10 +200,10 @@ def test_stream_shows_a_character_with_its_last_byte(byte_tokenizer: Tokenizer) 
     assert next(stream) == "你" and len(asked) == 3
 
 
-def test_stray_bytes_do_not_hold_the_stream_up(byte_tokenizer: Tokenizer) -> None:
+def test_stray_bytes_are_left_out_and_hold_nothing_up(byte_tokenizer: Tokenizer) -> None:
     stray = byte_tokenizer.encode("你")[1]
     fox = byte_tokenizer.encode(" fox")
-    assert "".join(stream_text([*fox, stray, *fox, stray], byte_tokenizer.decode)) == " fox\ufffd fox"
+    assert "".join(stream_text([*fox, stray, *fox, stray], byte_tokenizer.decode)) == " fox fox"
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_command_streams_what_the_checkpoint_writes(
 
     network = load_model(checkpoint).network
     (ids,) = complete(network, [byte_tokenizer.encode("the fox 你")], max_new_tokens=20, eos_id=byte_tokenizer.eos_id)
-    assert shown == byte_tokenizer.decode(ids).rstrip("\ufffd") + "\n"
+    assert shown == byte_tokenizer.decode(ids).replace("\ufffd", "") + "\n"
 
 
 def test_command_repeats_with_its_seed_and_fills_the_window(

@@ -306,7 +306,7 @@ def checkpoint(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         eval_tasks, "load_suite", lambda name: Suite("synthetic", ("tiny_choose",), description="x", embedded=True)
     )
-    monkeypatch.setattr("datamodules.write_world_tasks", write_tasks, raising=False)
+    monkeypatch.setattr("datamodules.world.tasks.write_world_tasks", write_tasks)
     network = Model(tokenizer.vocab_size).network
     state = {"state_dict": {f"network.{name}": value for name, value in network.state_dict().items()}}
     data = {"class": "SyntheticWorld", "world": {"seed": 0}}

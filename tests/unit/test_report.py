@@ -85,7 +85,8 @@ def _transitions() -> Iterator[dict[str, Any]]:
     yield common | {
         "step": GROW_AT, "tokens": GROW_AT * TOKENS_PER_STEP, "kind": ["widen", "deepen"],
         "source": SMALL, "target": LARGE, "method": ["iso", "zero_block"],
-        "loss_before": 3.1234, "loss_after": 3.1235, "exact": True, "stage": 1, "max_logit_drift": 2.4e-6, "params_total": 6_400_000, "params_active": 6_400_000,
+        "loss_before": 3.1234, "loss_after": 3.1235, "exact": True, "stage": 1,
+        "max_logit_drift": 2.4e-6, "params_total": 6_400_000, "params_active": 6_400_000,
     }  # fmt: skip
     yield common | {
         "step": UPCYCLE_AT, "tokens": UPCYCLE_AT * TOKENS_PER_STEP, "kind": "upcycle",

@@ -84,7 +84,7 @@ def test_appending_does_not_rewrite_the_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("app.run_log.replace_file", lambda *_: pytest.fail("rewritten"))
     for step in range(1, 40):
         log.log_metrics({"loss": 1.0}, step)
-        log.log_metrics({"lr": 0.25}, step - step % 2)  # a late metric of the row before
+        log.log_metrics({"lr": 0.25}, max(step - OPEN_ROWS + 1, 0))  # a late metric
     assert (tmp_path / "metrics.csv").stat().st_ino == inode and len(rows_of(tmp_path)) == 40
 
 

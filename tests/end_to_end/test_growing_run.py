@@ -1,0 +1,121 @@
+"""The main job in small: a run that widens, deepens and upcycles, and resumes from anywhere."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.checkpoint import list_checkpoints, load_state, read_metadata
+from app.cli import main
+from tests.end_to_end import runs
+
+
+def test_transitions_are_recorded_and_exact_ones_are_exact(grown_run: Path) -> None:
+    first, second = runs.transitions(grown_run)
+    assert (first["kind"], first["method"], first["step"]) == (["widen", "deepen"], ["iso", "zero_block"], 6)
+    assert (second["kind"], second["method"], second["step"]) == ("upcycle", "drop", 12)
+    assert first["exact"] and first["max_logit_drift"] < 1e-4
+    assert not second["exact"] and second["max_logit_drift"] > 1e-3
+    assert first["loss_before"] == pytest.approx(first["loss_after"], abs=1e-5)
+    assert second["params_total"] > second["params_active"] > first["params_active"]
+    assert first["tokens"] == 6 * 4 * 32
+    assert [first["source"]["dim"], first["target"]["dim"], second["target"]["moe"]["num_experts"]] == [16, 24, 4]
+
+
+def test_the_run_directory_is_complete(grown_run: Path) -> None:
+    rows = runs.metrics(grown_run)
+    assert set(rows) == set(range(17))
+    assert all(rows[step]["val/bpb_en"] and rows[step]["val/bpb_zh"] for step in (4, 8, 12, 16))
+    assert [rows[step]["growth/stage"] for step in (6, 7, 12, 13)] == ["1", "1", "2", "2"]
+    assert rows[16]["moe/load_cv"] and not rows[11]["moe/load_cv"]
+    assert rows[16]["train/lr"] and rows[16]["perf/tokens_per_s"]
+    load = [json.loads(line) for line in (grown_run / "expert_load.jsonl").read_text().splitlines()]
+    assert set(load[0]["layers"]) == {"1"} and sum(load[0]["layers"]["1"]) == pytest.approx(1, abs=1e-3)
+    assert "class_path: modules.DenseLM" in (grown_run / "config.yaml").read_text()
+
+
+def test_any_checkpoint_repeats_the_run_bit_for_bit(grown_run: Path, world: Path, tmp_path: Path) -> None:
+    """Before and after each transition, and in between: the resumed losses are the uninterrupted ones."""
+    want = runs.losses(grown_run)
+    checkpoints = list_checkpoints(grown_run / "checkpoints")
+    boundaries = {f"step-{step:08d}-stage-{stage}" for step, stage in ((6, 0), (6, 1), (12, 1), (12, 2))}
+    chosen = boundaries | {"step-00000003", "step-00000015"}
+    assert chosen | {"step-00000016"} <= {path.name for path in checkpoints}
+    for path in (path for path in checkpoints if path.name in chosen):
+        step = read_metadata(path)["step"]
+        again = runs.fit(runs.settings(tmp_path / path.name, world), "--ckpt_path", str(path))
+        got = runs.losses(again)
+        assert got == {s: loss for s, loss in want.items() if s > step}, path.name
+        final = load_state(again / "checkpoints" / "step-00000016")["state_dict"]
+        for name, weight in load_state(grown_run / "checkpoints" / "step-00000016")["state_dict"].items():
+            assert torch.equal(weight, final[name]), f"{name} from {path.name}"
+
+
+def test_auto_continues_an_interrupted_run_in_its_directory(grown_run: Path, world: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "interrupted"
+    shutil.copytree(grown_run, copy)
+    for path in list_checkpoints(copy / "checkpoints"):
+        if read_metadata(path)["step"] > 12:
+            shutil.rmtree(path)
+    newest = list_checkpoints(copy / "checkpoints")[-1]
+    assert newest.name == "step-00000012-stage-2"
+    damaged = newest / "state.pt"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1  # one flipped bit: this one is passed over
+    damaged.write_bytes(content)
+    runs.fit(runs.settings(copy, world), "--ckpt_path", "auto")
+    assert runs.losses(copy) == runs.losses(grown_run)
+    assert [record["step"] for record in runs.transitions(copy)] == [6, 12]
+    assert list(copy.glob("metrics.until-step-*"))
+
+
+def test_grow_outside_the_run_is_the_transition_inside_it(grown_run: Path, tmp_path: Path) -> None:
+    recipe = runs.write({"growth": {"stages": runs.RECIPE}}, tmp_path / "recipe.yaml")
+    for step, stage in ((6, 0), (12, 1)):
+        folder = grown_run / "checkpoints"
+        output = tmp_path / f"grown-{step}"
+        main(["grow", str(folder / f"step-{step:08d}-stage-{stage}"), "--config", str(recipe), "--output", str(output)])
+        outside, inside = load_state(output), load_state(folder / f"step-{step:08d}-stage-{stage + 1}")
+        assert outside["state_dict"].keys() == inside["state_dict"].keys()
+        for name, weight in inside["state_dict"].items():
+            assert torch.equal(weight, outside["state_dict"][name]), name
+        (left,), (right,) = outside["optimizer_states"], inside["optimizer_states"]
+        assert left["param_groups"] == right["param_groups"]
+        assert left["state"].keys() == right["state"].keys()
+        for number, tensors in right["state"].items():
+            assert all(torch.equal(tensors[key], left["state"][number][key]) for key in tensors)
+        assert outside["lr_schedulers"] == inside["lr_schedulers"]
+        assert read_metadata(output)["architecture"] == read_metadata(folder / f"step-{step:08d}-stage-{stage + 1}")["architecture"]
+
+
+def test_accumulation_and_reset_state_and_tokens_as_trigger(world: Path, tmp_path: Path) -> None:
+    config = runs.settings(tmp_path / "run", world, accumulate_grad_batches=2, max_steps=8)
+    config["growth"]["stages"] = [
+        {"at_tokens": 3 * 2 * 4 * 32, "target": {"num_layers": 3}, "optimizer_state": "reset"},
+        {"at_step": 6, "target": {"moe": {"num_experts": 4, "top_k": 2}}, "upcycle": "copy"},
+    ]
+    run_dir = runs.fit(config)
+    first, second = runs.transitions(run_dir)
+    assert (first["step"], first["optimizer_state"], second["step"]) == (3, "reset", 6)
+    assert first["max_logit_drift"] == 0.0 and second["exact"] and second["max_logit_drift"] < 1e-4
+    want = runs.losses(run_dir)
+    config["trainer"]["default_root_dir"] = str(tmp_path / "again")
+    again = runs.fit(config, "--ckpt_path", str(run_dir / "checkpoints" / "step-00000003-stage-1"))
+    assert runs.losses(again) == {step: loss for step, loss in want.items() if step > 3}
+
+
+def test_bfloat16_run_keeps_float32_masters(world: Path, tmp_path: Path) -> None:
+    config = runs.settings(tmp_path / "run", world, precision="bf16-mixed")
+    run_dir = runs.fit(config)
+    assert all(record["max_logit_drift"] < 1e-4 for record in runs.transitions(run_dir) if record["exact"])
+    weights = load_state(run_dir / "checkpoints" / "step-00000016")["state_dict"]
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert float(runs.losses(run_dir)[16]) < float(runs.losses(run_dir)[1])
+
+
+def test_a_longer_run_resumes_from_the_last_checkpoint(grown_run: Path, world: Path, tmp_path: Path) -> None:
+    config = runs.settings(tmp_path / "longer", world, max_steps=20)
+    longer = runs.fit(config, "--ckpt_path", str(grown_run / "checkpoints" / "step-00000016"))
+    assert set(runs.losses(longer)) == {17, 18, 19, 20}
