@@ -161,21 +161,27 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if "://" in str(path):
         raise InputError(f"checkpoint {path} is an address, and only local directories are read; copy it here first")
     if not (path / MANIFEST).is_file():
-        raise InputError(f"{path} is not a checkpoint: it holds no {MANIFEST}; give a directory such as RUN/checkpoints/step-…")
+        raise InputError(
+            f"{path} is not a checkpoint: it holds no {MANIFEST}; give a directory such as RUN/checkpoints/step-…"
+        )
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, files = manifest["format_version"], manifest["files"]
     except (ValueError, KeyError) as error:
-        raise InputError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}); use an older one") from None
+        raise InputError(
+            f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}); use an older one"
+        ) from None
     if version > FORMAT_VERSION:
         raise InputError(
-            f"checkpoint {path} has format version {version}, and this growmoe reads up to {FORMAT_VERSION}; update growmoe"
+            f"checkpoint {path} has format version {version}, and this growmoe reads up to {FORMAT_VERSION}; "
+            "update growmoe"
         )
     for name, expected in files.items():
         size = (path / name).stat().st_size if (path / name).is_file() else 0
         if size != expected["bytes"]:
             raise InputError(
-                f"checkpoint {path} is damaged: {name} has {size} bytes instead of {expected['bytes']}; use an older one"
+                f"checkpoint {path} is damaged: {name} has {size} bytes instead of {expected['bytes']}; "
+                "use an older one"
             )
     return manifest
 

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import logging
 import os
 import sys
 import warnings
@@ -96,12 +95,10 @@ def _help() -> str:
 
 
 def _prepare_process() -> None:
-    """Settings that must stand before torch is imported; libraries' advertising stays off the screen, their errors show.
+    """Settings that must stand before torch is imported; libraries' advice stays off the screen, their errors show.
 
     OpenMP threads that spin while they wait slow a shared machine down several times (docs/log.md).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(lightning|torch|jsonargparse|torchmetrics)\b")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)

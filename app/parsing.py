@@ -1,15 +1,23 @@
-"""Option parsing whose errors are one line: what is wrong, and what was probably meant."""
+"""Option parsing whose errors are one line: where, what is wrong, and what was probably meant."""
 
+import inspect
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 
 from modules.errors import find_input_error
 
-_NOISE = re.compile(r"Expected a <class 'NoneType'>|Given value|^Errors:$|^Does not validate|^Problem with given|^- ?$")
+_NOISE = re.compile(
+    r"^Parser key|Expected a <class 'NoneType'>|^Given value|^Errors:$|^Subtypes:|Does not validate against"
+    r"|^Problem with given|Expected a path but"
+)
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_UNKNOWN = re.compile(r"unrecognized arguments: -*([\w.]+)|option '([\w.]+)'", re.IGNORECASE)
 
 
 class OneLineParser(ArgumentParser):
@@ -18,32 +26,40 @@ class OneLineParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the innermost reason, without usage and traceback."""
         reason = find_input_error(ex)
-        line = str(reason) if reason else _first_reason(message)
-        sys.stderr.write(f"{self.prog}: {' '.join(line.split())}{self._suggestion(line)}\n")
+        line = str(reason) if reason else _innermost_reason(message) + self._suggestion(message)
+        line = _KEY.sub(r"\1", line)
+        sys.stderr.write(f"growmoe: {' '.join(line.split())}\n")
         sys.exit(2)
 
-    def _suggestion(self, line: str) -> str:
-        match = re.search(r"(?:[Uu]nrecognized arguments?:|Key) *'?-*([\w.]+)", line)
+    def _suggestion(self, message: str) -> str:
+        """The known name that is nearest to an unknown one."""
+        match = _UNKNOWN.search(message)
         if match is None:
             return ""
-        known = sorted({action.dest for action in self._actions} | set(_nested_names(self)))
-        near = get_close_matches(match[1], known, n=1, cutoff=0.6)
+        unknown = (match[1] or match[2]).split(".")[-1]
+        own = (action.dest.split(".")[-1] for action in self._actions)
+        near = get_close_matches(unknown, sorted({*own, *_nested_names()}), n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
 
 
-def _nested_names(parser: Any) -> list[str]:
-    """Names inside the model's and the data's classes, which are no options of the parser itself."""
-    from dataclasses import fields
-
+def _nested_names() -> Iterator[str]:
+    """Names inside the classes of model, data and growth, which are no options of a parser itself."""
+    from datamodules import BilingualText, SyntheticWorld, TextDataModule
     from modules.config import ModelConfig, MoEConfig
+    from modules.functional.schedule import ScheduleConfig
+    from modules.growth.transition import GrowthStage, GrowthTarget
+    from modules.optim import OptimizerConfig
 
-    model = [f"architecture.{field.name}" for field in fields(ModelConfig)]
-    moe = [f"architecture.moe.{field.name}" for field in fields(MoEConfig)]
-    return model + moe
+    for config in (ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig, GrowthStage, GrowthTarget):
+        yield from (field.name for field in fields(config))
+    for data in (TextDataModule, BilingualText, SyntheticWorld):
+        yield from inspect.signature(data).parameters
 
 
-def _first_reason(message: str) -> str:
-    """The most telling lines of jsonargparse's report over all members of a union."""
+def _innermost_reason(message: str) -> str:
+    """The most telling line of jsonargparse's report over all members of a union, with the key it is about."""
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     telling = [line for line in lines if line and not _NOISE.search(line)]
-    return telling[-1] if len(telling) > 1 else (telling or [message])[0]
+    keys = _KEY.findall(message)
+    where = f"{keys[-1]}: " if keys and telling else ""
+    return where + (telling[-1] if telling else message)

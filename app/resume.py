@@ -22,14 +22,16 @@ def choose_checkpoint(run_dir: Path, requested: str | None) -> tuple[Path | None
         chosen, damaged = store.newest_valid(folder)
         if chosen is None and damaged:
             raise InputError(
-                f"--ckpt_path auto finds no valid checkpoint in {folder}: {', '.join(path.name for path in damaged)} are "
-                "damaged; name an older copy, or start a new run in another trainer.default_root_dir"
+                f"--ckpt_path auto finds no valid checkpoint in {folder}: {', '.join(path.name for path in damaged)} "
+                "are damaged; name an older copy, or start a new run in another trainer.default_root_dir"
             )
         if chosen is not None:
             return chosen, damaged
         requested = None
     if requested is None:
-        _refuse_used(run_dir, f"--ckpt_path auto continues it{'' if store.list_checkpoints(folder) else ' once it has saved'}")
+        _refuse_used(
+            run_dir, f"--ckpt_path auto continues it{'' if store.list_checkpoints(folder) else ' once it has saved'}"
+        )
         return None, []
     path = Path(requested)
     store.read_metadata(path)
@@ -42,6 +44,6 @@ def _refuse_used(run_dir: Path, reason: str) -> None:
     used = [name for name in LOGS if (run_dir / name).exists()]
     if used or store.list_checkpoints(run_dir / "checkpoints"):
         raise InputError(
-            f"trainer.default_root_dir={run_dir} already holds a run ({', '.join(used) or 'checkpoints'}), and {reason}; "
-            "choose another directory for a new run"
+            f"trainer.default_root_dir={run_dir} already holds a run ({', '.join(used) or 'checkpoints'}), "
+            f"and {reason}; choose another directory for a new run"
         )

@@ -1,5 +1,6 @@
 """`fit` and `validate`: LightningCLI with growmoe's parts, and every check that comes before a run writes anything."""
 
+import logging
 import os
 import signal
 import sys
@@ -114,15 +115,21 @@ class TrainingCLI(LightningCLI):
         max_steps = self.trainer.max_steps
         if max_steps < 1:
             raise InputError(f"trainer.max_steps={max_steps} gives the run no end; set trainer.max_steps to at least 1")
+        if self.trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise InputError(
+                f"trainer.gradient_clip_algorithm={self.trainer.gradient_clip_algorithm} is not offered; gradients are "
+                "clipped by their global norm: leave it out"
+            )
         self.model.schedule_config.check_total(max_steps)
         chosen, damaged = choose_checkpoint(run_dir, self._get(self.config_init, "ckpt_path"))
         metadata = self._restore_shape(chosen)
         self.growth.check(self.model.initial_architecture, max_steps, self.model.applied_transitions)
         if metadata and metadata["step"] > max_steps:
             raise InputError(
-                f"trainer.max_steps={max_steps} is below the checkpoint's step {metadata['step']}; raise trainer.max_steps"
+                f"trainer.max_steps={max_steps} is below the checkpoint's step {metadata['step']}; raise it"
             )
         self._check_data()
+        self._get(self.config_init, "evaluation").prepare(self.datamodule)
         for path in damaged:
             sys.stderr.write(f"growmoe fit: checkpoint {path} is damaged and passed over\n")
         self._open_run(run_dir, metadata)
@@ -140,7 +147,9 @@ class TrainingCLI(LightningCLI):
         """Validation needs a checkpoint, and writes nothing."""
         requested = self._get(self.config_init, "ckpt_path")
         if requested is None:
-            raise InputError("validate without --ckpt_path would measure random weights; give a checkpoint directory or auto")
+            raise InputError(
+                "validate without --ckpt_path would measure random weights; give a checkpoint directory or auto"
+            )
         folder = Path(self.trainer.default_root_dir) / "checkpoints"
         chosen = store.newest_valid(folder)[0] if requested == "auto" else Path(requested)
         if chosen is None:
@@ -160,16 +169,16 @@ class TrainingCLI(LightningCLI):
         return metadata
 
     def _check_data(self) -> None:
-        """Open and check the data before Lightning opens loggers; the order of ranks matters from two processes on."""
-        if self.trainer.world_size == 1:
-            self.datamodule.prepare_data()
-            self.datamodule.setup("fit" if self.subcommand == "fit" else "validate")
+        """Open and check the data before Lightning opens loggers (on several ranks, Lightning's own order does it)."""
         if self.datamodule.seq_len > self.model.architecture.max_seq_len:
             raise InputError(
                 f"data.seq_len={self.datamodule.seq_len} is more than the model's "
                 f"max_seq_len={self.model.architecture.max_seq_len}; lower data.seq_len or raise "
                 "model.architecture.max_seq_len"
             )
+        if self.trainer.world_size == 1:
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit" if self.subcommand == "fit" else "validate")
 
     def _open_run(self, run_dir: Path, metadata: dict[str, Any]) -> None:
         """Write the resolved configuration, take the logs back to the checkpoint, and start the loggers."""
@@ -195,6 +204,8 @@ def run(arguments: Sequence[str]) -> None:
     """Parse `fit ...` or `validate ...` and do it."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     _refuse_vocabulary(arguments)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     sys.argv = ["growmoe", *arguments]
     os.environ.setdefault("PYTHONHASHSEED", "0")
     TrainingCLI(

@@ -1,6 +1,7 @@
 """Weights & Biases: a mirror of the run's metrics that can never end the run."""
 
 import importlib.util
+import netrc
 import os
 import warnings
 from dataclasses import dataclass
@@ -41,14 +42,10 @@ def start_wandb(settings: WandbSettings, run_dir: Path, run_id: str | None, conf
             warnings.warn(f"Weights & Biases did not start, the run goes on without it: {reason}", stacklevel=2)
             return None
         warnings.warn(f"Weights & Biases cannot be reached, the run is logged offline: {reason}", stacklevel=2)
-        return start_wandb(
-            WandbSettings("offline", settings.project, settings.name), run_dir, run_id, config
-        )
+        return start_wandb(WandbSettings("offline", settings.project, settings.name), run_dir, run_id, config)
 
 
-def _start(
-    settings: WandbSettings, run_dir: Path, run_id: str | None, config: dict[str, Any], offline: bool
-) -> Logger:
+def _start(settings: WandbSettings, run_dir: Path, run_id: str | None, config: dict[str, Any], offline: bool) -> Logger:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -71,6 +68,7 @@ def _start(
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import wandb
-
-    return wandb.api.api_key is not None
+    try:
+        return bool(netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

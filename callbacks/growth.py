@@ -33,7 +33,7 @@ from modules.optim import continue_scheduler
 LOG_FILE = "transitions.jsonl"
 
 DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""The largest change of a logit that rounding may cause in an exact transition, relative to the largest logit above 1."""
+"""What rounding may change of a logit in an exact transition, as a share of the largest logit (or of 1)."""
 
 
 class TransitionObserver(Protocol):
@@ -73,7 +73,9 @@ class Growth(pl.Callback):
         for name in ("at_step", "at_tokens"):
             points = [getattr(stage, name) for stage in self.stages if getattr(stage, name) is not None]
             if points != sorted(set(points)):
-                raise InputError(f"growth stages have {name} {points}; stages must come in order, each later than the last")
+                raise InputError(
+                    f"growth stages have {name} {points}; stages must come in order, each later than the last"
+                )
         planned = [stage.identity for stage in self.stages[: len(applied)]]
         if planned != applied:
             raise InputError(
@@ -145,8 +147,8 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
     drift, limit = before.drift(after), before.tolerance()
     if is_exact(new.config, methods) and not drift <= limit:
         raise RuntimeError(
-            f"transition {kinds} at step {trainer.global_step} changed a logit by {drift:.3g}, and {methods} is exact up to "
-            f"{limit:.3g}; the run stops before it trains on: this is a defect, please report it with the configuration"
+            f"transition {kinds} at step {trainer.global_step} changed a logit by {drift:.3g}, and {methods} is exact "
+            f"up to {limit:.3g}; the run stops before it trains on: this is a defect, please report it"
         )
     count = count_parameters(new.config)
     return {

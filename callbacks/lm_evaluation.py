@@ -29,7 +29,7 @@ class LMEvaluation(pl.Callback):
         tasks: names of lm-eval tasks, in the place of a suite.
         every_n_steps: evaluate whenever so many optimizer steps are finished; not at all when left out.
         at_start: evaluate before the first step of a fresh run.
-        at_end: evaluate when training has finished.
+        at_end: evaluate when training has reached its last step.
         at_transitions: evaluate the grown network behind each transition.
         limit: documents per task at most; below 1, a share of them.
         max_batch_tokens: tokens of one forward pass, padding included.
@@ -115,8 +115,10 @@ class LMEvaluation(pl.Callback):
             self.evaluate_now(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """Evaluate the trained network, unless its last step was evaluated already."""
-        if self.at_end and (self.latest is None or self.latest["step"] != trainer.global_step):
+        """Evaluate the trained network, unless its last step was evaluated already; a run that is stopped stops now."""
+        has_finished = trainer.max_steps < 0 or trainer.global_step >= trainer.max_steps
+        is_new = self.latest is None or self.latest["step"] != trainer.global_step
+        if self.at_end and has_finished and is_new:
             self.evaluate_now(trainer, pl_module)
 
     def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopOnSignal(pl.Callback):
-    """The first SIGINT or SIGTERM stops the run at the end of the step, with a checkpoint; a second one ends it at once.
+    """The first SIGINT or SIGTERM stops the run behind the step, with a checkpoint; a second one ends it at once.
 
     Attributes:
         received: the signal's number, None when there was none.

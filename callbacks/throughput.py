@@ -4,6 +4,7 @@ import resource
 import statistics
 import time
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +25,7 @@ class Throughput(pl.Callback):
     """Logs `perf/*` and `memory/peak_mib`. Times are taken on the host and never wait for the device.
 
     Args:
-        peak_flops: FLOP/s of one device at the run's precision, for MFU; empty: from the table when the device is in it.
+        peak_flops: FLOP/s of one device at the run's precision, for MFU; empty: from a table of devices.
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
@@ -57,8 +58,7 @@ class Throughput(pl.Callback):
         self._starts.clear()
 
     def _collect(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, float]:
-        times = list(self._starts)
-        seconds = statistics.median(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        seconds = statistics.median(later - earlier for earlier, later in pairwise(self._starts))
         dm = trainer.datamodule
         tokens = dm.batch_size * dm.seq_len * trainer.accumulate_grad_batches * trainer.world_size
         metrics = {"perf/step_ms": 1000 * seconds, "perf/tokens_per_s": tokens / seconds}

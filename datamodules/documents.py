@@ -65,7 +65,7 @@ def read_documents(location: str, options: ReadOptions, dropped: Counter[str]) -
     Args:
         location: where to read.
         options: how to read.
-        dropped: counts documents that were left out, by reason: `empty`, `NUL`, `invalid UTF-8`, `too long`, `malformed`.
+        dropped: counts what was left out, by reason: `empty`, `NUL`, `invalid UTF-8`, `too long`, `malformed`.
     """
     records = _read_hub(location, options) if location.startswith(HUB) else _read_files(location, options)
     for record in records:

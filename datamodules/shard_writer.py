@@ -32,14 +32,14 @@ from datamodules.manifest import (
 )
 from datamodules.order import hash_fraction
 from datamodules.shards import TOKENS_COLUMN, TokenStream
-from datamodules.tokenizer import Tokenizer
+from datamodules.tokenizer import Tokenizer, tokenizer_threads
 from modules.errors import InputError
 
 _TEXT_COLUMN = "text"
 _SPOOL = ".spool"
 _BATCH_BYTES = 4 * 2**20
 _BATCH_DOCUMENTS = 1024
-_ENCODE_DOCUMENTS = 64
+_ENCODE_DOCUMENTS = 32
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -213,7 +213,7 @@ def _save_tokens(spool: Path, cache: Path, folder: Path, tokenizer: Tokenizer, d
     import datasets
 
     features = datasets.Features({TOKENS_COLUMN: datasets.List(datasets.Value(dtype))})
-    with _quiet_datasets(datasets), _tokenizer_threads(num_workers <= 1):
+    with _quiet_datasets(datasets), tokenizer_threads(num_workers <= 1):
         texts = datasets.Dataset.from_file(str(spool))
         encoded = texts.map(
             _Encoder(tokenizer.to_json(), dtype),
@@ -245,20 +245,6 @@ class _Encoder:
         end = self._tokenizer.eos_id
         ids = self._tokenizer.encode_batch(batch[_TEXT_COLUMN])
         return {TOKENS_COLUMN: [np.array([*row, end], dtype=self._dtype) for row in ids]}
-
-
-@contextmanager
-def _tokenizer_threads(allowed: bool) -> Iterator[None]:
-    """Lets the tokenizer use a thread per core or, where processes share the cores already, only one."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true" if allowed else "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The base of all data modules: a weighted mixture of prepared corpora, read in an order that can be resumed exactly."""
+"""The base of all data modules: a weighted mixture of prepared corpora in an order that can be resumed exactly."""
 
 import hashlib
 import json
@@ -110,7 +110,9 @@ class TextDataModule(LightningDataModule):
         if self.weights is not None:
             for name in self.weights:
                 if name not in corpora:
-                    raise InputError(f"data.weights: no corpus {name!r} in {self.folder}; it holds {', '.join(corpora)}")
+                    raise InputError(
+                        f"data.weights: no corpus {name!r} in {self.folder}; it holds {', '.join(corpora)}"
+                    )
             return dict(self.weights)
         if not corpora:
             raise InputError(f"{self.folder} holds no corpus; make it again with `growmoe prepare`")
@@ -245,9 +247,9 @@ class TextDataModule(LightningDataModule):
             InputError: if the data are not those of the checkpoint, unless `allow_data_change` is set.
         """
         if state_dict["fingerprint"] != self.fingerprint and not self.allow_data_change:
+            changes = _difference(state_dict["description"], self.description)
             raise InputError(
-                f"the data are not those of the checkpoint: {_difference(state_dict['description'], self.description)}; "
-                "restore them, or set data.allow_data_change=true"
+                f"the data are not those of the checkpoint: {changes}; restore them, or set data.allow_data_change=true"
             )
         self._resumed_samples = int(state_dict["consumed_samples"])
         self._resumed_batches = int(state_dict["finished_batches"])

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -150,5 +152,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_digits: int = 
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer=trainer)
+    with tokenizer_threads(True):
+        inner.train_from_iterator(texts, trainer=trainer)
     return Tokenizer(inner.to_str())
+
+
+@contextmanager
+def tokenizer_threads(allowed: bool) -> Iterator[None]:
+    """Lets the tokenizer use a thread per core or, where processes share the cores already, only one."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true" if allowed else "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before

@@ -164,7 +164,7 @@ class ModelConfig:
             require_positive(head_dim=self.head_dim)
         if self.head_size % 2:
             raise InputError(
-                f"head_dim={self.head_size} is odd, and rotary positions turn pairs of channels; choose an even head_dim"
+                f"head_dim={self.head_size} is odd, and rotary positions turn pairs of channels; choose an even one"
             )
         require_positive(num_kv_heads=self.kv_heads)
         if self.num_heads % self.kv_heads:
@@ -178,8 +178,8 @@ class ModelConfig:
         outside = [layer for layer in self.routed_layers if not 0 <= layer < self.num_layers]
         if outside or not self.routed_layers:
             raise InputError(
-                f"moe with every={moe.every}, layers={moe.layers} names no layer, or one outside 0..{self.num_layers - 1} "
-                f"(num_layers={self.num_layers}); choose every <= {self.num_layers} or layers inside the model"
+                f"moe with every={moe.every}, layers={moe.layers} names no layer, or one outside "
+                f"0..{self.num_layers - 1}; choose every <= {self.num_layers}, or layers inside the model"
             )
         for name, size in (("dim", self.dim), ("expert_dim", self.expert_size)):
             if size % 8:

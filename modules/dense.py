@@ -13,6 +13,6 @@ class DenseLM(LanguageModel):
         """Raise `InputError` for an architecture with experts."""
         if architecture.moe is not None:
             raise InputError(
-                f"DenseLM got moe with num_experts={architecture.moe.num_experts}, and a DenseLM starts without experts; "
+                f"DenseLM got moe with num_experts={architecture.moe.num_experts}, and starts without experts; "
                 "use --model MoELM, or remove architecture.moe"
             )

@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:
-    """The `InputError` that an exception is or follows from, if any: libraries wrap what a configuration class raises."""
+    """The `InputError` that an exception is or follows from, if any: libraries wrap what they catch."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, InputError):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import InputError
-from modules.files import replace_file as replace_file  # TEMP re-export
 from modules.files import sync_directory
 
 

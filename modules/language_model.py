@@ -29,7 +29,6 @@ from modules.optim import (
 )
 
 
-
 class LanguageModel(pl.LightningModule):
     """A decoder in training. `network` can be exchanged between two steps; everything here works for each one.
 
@@ -156,8 +155,17 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and keep the norm for whoever watches or checks it."""
+        """Clip by the global norm, and keep the norm for whoever watches.
+
+        Raises:
+            FloatingPointError: the norm is not finite; the parameters are still those of the step before.
+        """
         self.grad_norm = clip_gradients(self._net.parameters(), gradient_clip_val)
+        if not torch.isfinite(self.grad_norm):
+            raise FloatingPointError(
+                f"the gradient norm is {self.grad_norm.item()} after {self.trainer.global_step} finished steps; the "
+                "last checkpoint is sound: resume from it with a lower learning rate or another data seed"
+            )
 
     # -- validation ----------------------------------------------------------------------------------------------------
 

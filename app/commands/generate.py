@@ -65,8 +65,8 @@ def generate(
 def stream_text(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
     """The text of tokens as they arrive, in whole characters: bytes of an unfinished character wait for the rest.
 
-    The pieces add up to the text of all tokens. Bytes that belong to no character, which a weak model may write, are left
-    out, as is a character that is still unfinished at the end.
+    The pieces add up to the text of all tokens. Bytes that belong to no character, which a weak model may write, are
+    left out, as is a character that is still unfinished at the end.
     """
     seen: list[int] = []
     num_shown = 0

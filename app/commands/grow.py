@@ -59,8 +59,8 @@ def grow(checkpoint: Path, *, config: Path, output: Path, stage: int | None = No
     number = len(metadata["applied_transitions"]) + 1 if stage is None else stage
     if not 1 <= number <= len(stages):
         raise InputError(
-            f"stage={number} is not in {config}, which has {len(stages)} stages, and {len(metadata['applied_transitions'])} "
-            "are applied to the checkpoint; choose another stage or checkpoint"
+            f"stage={number} is not in {config}: it has {len(stages)} stages, and the checkpoint has gone through "
+            f"{len(metadata['applied_transitions'])}; choose another stage or checkpoint"
         )
     started = time.perf_counter()
     state, tokenizer_json = load_state(checkpoint), (checkpoint / TOKENIZER).read_text(encoding="utf-8")
@@ -76,7 +76,9 @@ def read_recipe(path: Path) -> list[GrowthStage]:
         InputError: no such file, no recipe in it, or a stage that is none.
     """
     if not path.is_file():
-        raise InputError(f"config={path} is not a file; give the YAML of a growth recipe, such as configs/growth/demo.yaml")
+        raise InputError(
+            f"config={path} is not a file; give the YAML of a growth recipe, such as configs/growth/demo.yaml"
+        )
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     recipe = content.get("growth") if isinstance(content, dict) else None
     if not isinstance(recipe, dict) or not recipe.get("stages"):

@@ -17,6 +17,7 @@ _TRAIN_BYTES = 100 * 2**20  # of text that a tokenizer is trained on: more chang
 
 def prepare(
     inputs: list[str],
+    *,
     output: Path,
     tokenizer: Path | None = None,
     train_tokenizer: int | None = None,
@@ -143,6 +144,9 @@ def _print_table(manifest: Manifest, output: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a pipe has no width of its own
     table = Table(title=f"{output} in {seconds:.0f} s, vocabulary {manifest.vocab_size}")
     for column in ("corpus", "language", "split", "documents", "bytes", "tokens", "bytes per token", "dropped"):
         table.add_column(column, justify="left" if column in ("corpus", "language", "split") else "right")
@@ -152,4 +156,4 @@ def _print_table(manifest: Manifest, output: Path, seconds: float) -> None:
             counts = (f"{count:,}" for count in (info.documents, info.bytes, info.tokens))
             ratio = f"{info.bytes / info.tokens:.2f}"
             table.add_row(name, corpus.language, split, *counts, ratio, dropped if split == "train" else "")
-    Console().print(table)
+    console.print(table)

@@ -87,6 +87,17 @@ def color_at(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
+def use_log_scale(axes: "Axes", values: np.ndarray) -> None:
+    """A logarithmic axis where positive values span more than a factor of 4, as a loss that begins at chance does."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if len(values) and 0 < 4 * values.min() < values.max():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def line(axes: "Axes", series: Series, color: str, label: str, **style: Any) -> None:
     """One metric as it was logged."""
     x, y = thin(series.x), thin(series.y)
@@ -102,33 +113,39 @@ def smooth_line(axes: "Axes", data: RunData, series: Series, color: str, label: 
 
 
 def smooth(series: Series, borders: list[float]) -> Series:
-    """A local straight line under a bell of about a hundredth of the run: no lag, no pull at the ends of a stage."""
+    """A straight line fitted around each point, under a bell about a hundredth of the run wide and less at its start.
+
+    It lags nowhere, is not pulled at the ends of a stage, and does not cross borders.
+    """
     stages = np.searchsorted(np.sort(borders), series.x, side="left")  # at a border, the old network still
-    width = max(2.0, min(len(series.x), MAX_POINTS) / 100)
-    parts = [_smooth_stage(_averaged(series, stages == stage), width) for stage in np.unique(stages)]
     empty = np.empty(0)
-    return Series(np.concatenate([empty, *(p.x for p in parts)]), np.concatenate([empty, *(p.y for p in parts)]))
+    parts = [_averaged(series, stages == stage) for stage in np.unique(stages)]
+    widest, begin, fitted = sum(len(part.x) for part in parts) / 100, 0, [empty]
+    for part in parts:
+        places = np.arange(begin, begin + len(part.x))
+        fitted.append(_fit_lines(part.y, np.clip(0.1 * places, 0.3, max(widest, 0.3))))
+        begin += len(places)
+    return Series(np.concatenate([empty, *(part.x for part in parts)]), np.concatenate(fitted))
 
 
 def _averaged(series: Series, chosen: np.ndarray) -> Series:
     """The chosen points; means of neighbours where there are more than MAX_POINTS."""
     x, y = series.x[chosen], series.y[chosen]
-    count = -(-len(x) // MAX_POINTS)
-    starts = np.arange(0, len(x), count)
+    starts = np.arange(0, len(x), -(-len(x) // MAX_POINTS))
     sizes = np.diff(np.append(starts, len(x)))
     return Series(np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes)
 
 
-def _smooth_stage(series: Series, width: float) -> Series:
-    """Weighted least squares around each point, by the moments of distance (in points, not tokens)."""
-    if len(series.x) < 3:
-        return series
-    places = np.arange(len(series.x))
+def _fit_lines(y: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Weighted least squares around each point; distances and widths in points."""
+    if len(y) < 3:
+        return y
+    places = np.arange(len(y))
     distance = places[None, :] - places[:, None]
-    weight = np.exp(-0.5 * (distance / width) ** 2)
-    s0, s1, s2 = (weight * distance**power @ np.ones(len(places)) for power in (0, 1, 2))
-    t0, t1 = weight @ series.y, (weight * distance) @ series.y
-    return Series(series.x, (s2 * t0 - s1 * t1) / (s0 * s2 - s1**2))
+    weight = np.exp(-0.5 * (distance / widths[:, None]) ** 2)
+    s0, s1, s2 = weight.sum(1), (weight * distance).sum(1), (weight * distance**2).sum(1)
+    t0, t1 = weight @ y, (weight * distance) @ y
+    return (s2 * t0 - s1 * t1) / (s0 * s2 - s1**2)
 
 
 def thin(values: np.ndarray) -> np.ndarray:
@@ -146,8 +163,8 @@ def finish(data: RunData, panels: "list[Axes]", legend: bool = True, start: floa
         axes.xaxis.set_major_formatter(lambda value, _: words.short(value) if value else "0")
         axes.tick_params(length=0)
         axes.grid(visible=False, axis="x")
-        if legend and axes.get_legend_handles_labels()[1]:
-            _legend(axes)
+        if legend and axes.get_legend() is None and axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="best", labelcolor=INK)
         if axes is not panels[-1]:
             axes.tick_params(labelbottom=False)
     panels[-1].set_xlabel(data.x_name)
@@ -174,9 +191,10 @@ def to_svg(figure: "Figure", name: str, title: str) -> str:
     return f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{escape(title)}">{svg}'
 
 
-def _legend(axes: "Axes") -> None:
-    count = len(axes.get_legend_handles_labels()[1])
-    axes.legend(loc="best", ncols=1 if count <= 4 else 2, labelcolor=INK)
+def legend_below(axes: "Axes") -> None:
+    """A legend of two columns under a panel, for lines that leave no room inside it."""
+    shape = {"handlelength": 1.6, "columnspacing": 1.4, "labelcolor": INK}
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.19), ncols=2, **shape)
 
 
 def _mark_transitions(data: RunData, panels: "list[Axes]") -> None:

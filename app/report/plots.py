@@ -8,7 +8,7 @@ import numpy as np
 
 from app.report import words
 from app.report.data import Record, RunData, Series
-from app.report.drawing import color_at, finish, line, new_figure, plain, smooth_line
+from app.report.drawing import color_at, finish, legend_below, line, new_figure, plain, smooth_line, use_log_scale
 from app.report.theme import INK, LOAD_COLORS, SOFT
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Draw = Callable[["Axes", RunData], None]
 
+PANEL_HEIGHT = 2.6
+"""inches"""
 TASKS_PER_FIGURE = 6
 
 
@@ -34,12 +36,13 @@ def accuracy(data: RunData) -> "list[Figure]":
     """Accuracy of the evaluation tasks, a few to a figure."""
     tasks = list(data.accuracies)
     groups = [tasks[first : first + TASKS_PER_FIGURE] for first in range(0, len(tasks), TASKS_PER_FIGURE)]
-    return [_one_panel(data, partial(draw_accuracy, tasks=group)) for group in groups]
+    return [_one_panel(data, partial(draw_accuracy, tasks=group), _height_with_legend(group)) for group in groups]
 
 
 def parameters(data: RunData) -> "Figure | None":
     """Parameters of the model, all and those that one token uses."""
-    return _one_panel(data, draw_parameters) if data.names("growth/params_") else None
+    beside = list(data.accuracies)[-TASKS_PER_FIGURE:]  # its neighbour on the page
+    return _one_panel(data, draw_parameters, _height_with_legend(beside)) if data.names("growth/params_") else None
 
 
 def speed(data: RunData) -> "Figure | None":
@@ -116,7 +119,7 @@ def overview(data: RunData) -> "Figure | None":
     shown = [(title, draw) for title, draw, found in draws if found]
     if not shown:
         return None
-    figure, panels = new_figure((3.2,), columns=len(shown), width=4.4)
+    figure, panels = new_figure((3.4,), columns=len(shown), width=4.4)
     for axes, (title, draw) in zip(panels, shown, strict=True):
         draw(axes, data)
         finish(data, [axes])
@@ -133,6 +136,7 @@ def draw_training_loss(axes: "Axes", data: RunData) -> None:
         smooth_line(axes, data, series, color_at(i), label, faint=0.25)
     if overall:
         smooth_line(axes, data, overall, INK, "all")
+    use_log_scale(axes, np.concatenate([overall.y, *(series.y for _, _, series in per_language)]))
     axes.set_ylabel("nats per token")
 
 
@@ -141,6 +145,7 @@ def draw_bits_per_byte(axes: "Axes", data: RunData) -> None:
     per_language = _per_language(data, "val/bpb_")
     for i, label, series in per_language:
         line(axes, series, color_at(i), label)
+    use_log_scale(axes, np.concatenate([np.empty(0), *(series.y for _, _, series in per_language)]))
     axes.set_ylabel("bits per byte")
 
 
@@ -148,7 +153,7 @@ def draw_accuracy(axes: "Axes", data: RunData, tasks: Sequence[str]) -> None:
     """These tasks and the levels of guessing into one panel."""
     levels: dict[float, list[str]] = {}
     for i, task in enumerate(tasks):
-        line(axes, data.accuracies[task], color_at(i), task)
+        line(axes, data.accuracies[task], color_at(i), task, clip_on=False)
         if data.chances.get(task):  # guessing free answers reaches 0: the axis itself
             levels.setdefault(round(data.chances[task], 4), []).append(color_at(i))
     for level, colors in levels.items():
@@ -158,6 +163,7 @@ def draw_accuracy(axes: "Axes", data: RunData, tasks: Sequence[str]) -> None:
         axes.plot([], [], color=SOFT, linewidth=1.1, linestyle=(0, (5, 3)), label="chance")
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    legend_below(axes)
 
 
 def draw_parameters(axes: "Axes", data: RunData) -> None:
@@ -181,19 +187,18 @@ def _panels(
     from_zero: bool = False,
 ) -> "Figure | None":
     """Panels under each other: of each the (metric, label, colour) to draw; panels without data are left out."""
-    drawn = [
-        (lines, unit) for lines, unit in zip(panels, units, strict=True) if any(data.series(n) for n, _, _ in lines)
-    ]
+    logged = [[entry for entry in lines if data.series(entry[0])] for lines in panels]
+    drawn = [(lines, unit) for lines, unit in zip(logged, units, strict=True) if lines]
     if not drawn:
         return None
     figure, rows = new_figure((1.45,) * len(drawn) if len(drawn) > 1 else (1.9,))
     for axes, (lines, unit) in zip(rows, drawn, strict=True):
         for name, label, color in lines:
-            label = label if len(lines) > 1 else "_"  # matplotlib's name for: not in the legend
+            shown = label if len(lines) > 1 else "_"  # matplotlib's name for: not in the legend
             if name in smooth:
-                smooth_line(axes, data, data.series(name), color, label)
-            elif data.series(name):
-                line(axes, data.series(name), color, label, marker="")
+                smooth_line(axes, data, data.series(name), color, shown)
+            else:
+                line(axes, data.series(name), color, shown, marker="")
         axes.set_ylabel(unit)
         axes.yaxis.set_major_formatter(_short_ticks)
         if from_zero:
@@ -227,8 +232,13 @@ def _edges(centres: np.ndarray) -> np.ndarray:
     return np.concatenate([[centres[0] - (middle[0] - centres[0])], middle, [centres[-1] + (centres[-1] - middle[-1])]])
 
 
-def _one_panel(data: RunData, draw: Draw) -> "Figure":
-    figure, (axes,) = new_figure((2.6,))
+def _height_with_legend(tasks: Sequence[str]) -> float:
+    """Inches of a panel with a legend of two columns below it."""
+    return PANEL_HEIGHT + 0.19 * ((len(tasks) + 2) // 2)
+
+
+def _one_panel(data: RunData, draw: Draw, height: float = PANEL_HEIGHT) -> "Figure":
+    figure, (axes,) = new_figure((height,))
     draw(axes, data)
     finish(data, [axes])
     return figure

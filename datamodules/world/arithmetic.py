@@ -1,4 +1,4 @@
-"""Word problems with one sum or difference and a short answer."""
+"""Word problems with one sum or difference, and an answer such as `Answer: 3 + 4 = 7`."""
 
 import random
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ _SUMS = (
 _DIFFERENCES = (
     "What is {a} - {b}? | {a} - {b}是几？",
     "A {w} has {a} {o} and gives away {b}. How many {o} are left? | {w}有{a}个{o}，送出{b}个。还有几个{o}？",
-    "There are {a} {o} in a box. A {w} takes {b}. How many {o} are left? | 盒子里有{a}个{o}，{w}拿走{b}个。还有几个{o}？",
+    "There are {a} {o} in a box. A {w} takes {b}. How many {o} are left? | "
+    "盒子里有{a}个{o}，{w}拿走{b}个。还有几个{o}？",
 )
-_FRAMES = {"en": ("Question: {q}\nAnswer:", " {n}"), "zh": ("问题：{q}\n答案：", "{n}")}
-_WORKING = "{a} {sign} {b} = {c}"
+_QUESTION = {"en": "Question: {q}\nAnswer:", "zh": "问题：{q}\n答案："}
+_ANSWER = {"en": " {a} {sign} {b} = {c}", "zh": "{a} {sign} {b} = {c}"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,11 @@ class Problem:
         return self.left + self.right if self.plus else self.left - self.right
 
     def is_held_out(self, seed: int) -> bool:
-        """Whether its numbers, one combination in eight, are kept from training in any wording."""
-        return derive_key(seed, 4, self.left, self.right, self.plus) % 8 == 0
+        """Whether its numbers are kept from training in this wording, as one combination in eight is.
+
+        The same numbers occur in training in other words: sums cannot be guessed, but they can be carried over.
+        """
+        return derive_key(seed, 4, self.left, self.right, self.plus, self.template) % 8 == 0
 
 
 def all_combinations(max_operand: int) -> list[tuple[int, int, bool]]:
@@ -57,7 +61,8 @@ def all_combinations(max_operand: int) -> list[tuple[int, int, bool]]:
 def draw_problem(rng: random.Random, combinations: list[tuple[int, int, bool]]) -> Problem:
     """A random problem with one of the given combinations."""
     left, right, plus = rng.choice(combinations)
-    return Problem(left, right, plus, rng.randrange(len(_SUMS)), rng.randrange(len(_PEOPLE)), rng.randrange(len(_THINGS)))
+    template, person, thing = (rng.randrange(len(words)) for words in (_SUMS, _PEOPLE, _THINGS))
+    return Problem(left, right, plus, template, person, thing)
 
 
 def ask_problem(problem: Problem, language: str) -> str:
@@ -66,12 +71,11 @@ def ask_problem(problem: Problem, language: str) -> str:
     template = (_SUMS if problem.plus else _DIFFERENCES)[problem.template].split(" | ")[index]
     person, thing = _PEOPLE[problem.person].split()[index], _THINGS[problem.thing].split()[index]
     question = template.format(w=person, o=thing, a=problem.left, b=problem.right)
-    return _FRAMES[language][0].format(q=question)
+    return _QUESTION[language].format(q=question)
 
 
 def tell_problem(problem: Problem) -> Text:
-    """The problem with its answer, in both languages."""
-    return {
-        language: ask_problem(problem, language) + _FRAMES[language][1].format(n=_WORKING.format(a=problem.left,b=problem.right,sign="+" if problem.plus else "-",c=problem.answer))
-        for language in LANGUAGES
-    }
+    """The problem with its answer, which is written out before it is named, in both languages."""
+    sign = "+" if problem.plus else "-"
+    numbers = {"a": problem.left, "sign": sign, "b": problem.right, "c": problem.answer}
+    return {language: ask_problem(problem, language) + _ANSWER[language].format(**numbers) for language in LANGUAGES}

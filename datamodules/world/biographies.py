@@ -14,26 +14,33 @@ from datamodules.order import derive_key, permute
 LANGUAGES = ("en", "zh")
 Text = dict[str, str]
 
+Pairs = tuple[tuple[str, str], ...]
+
+
+def _pairs(text: str) -> Pairs:
+    """Words of the form "english chinese", separated by commas."""
+    first_and_second = (pair.strip().split() for pair in text.split(","))
+    return tuple((english, chinese) for english, chinese in first_and_second)
+
+
 # Names are syllables with one Chinese character each.
-_SYLLABLES = tuple(
-    pair.split()
-    for pair in (
-        "ba 巴,de 德,fi 菲,ga 加,ka 卡,la 拉,li 莉,lo 洛,ma 玛,mi 米,na 娜,ni 尼,pe 佩,ra 娅,ro 罗,sa 莎,se 塞,te 特,to 托,ve 维"
-    ).split(",")
+_SYLLABLES = _pairs(
+    "ba 巴, de 德, fi 菲, ga 加, ka 卡, la 拉, li 莉, lo 洛, ma 玛, mi 米, "
+    "na 娜, ni 尼, pe 佩, ra 娅, ro 罗, sa 莎, se 塞, te 特, to 托, ve 维"
 )
-_STEMS = (("Bel", "贝"), ("Dor", "多"), ("Fen", "芬"), ("Har", "哈"), ("Kes", "克"), ("Nor", "诺"), ("Sil", "西"), ("Wil", "威"))
-_PLACES = (("port", "港"), ("hill", "山"))
-_TREES = (("Oak", "橡树"), ("Pine", "松树"), ("Rose", "玫瑰"), ("Lily", "百合"), ("Gold", "金"), ("Silver", "银"), ("Iron", "铁"), ("Stone", "石"))
-_SCHOOLS = (("College", "学院"), ("University", "大学"))
-_SIGNS = (("Star", "星"), ("Moon", "月"), ("Sun", "太阳"), ("Cloud", "云"))
-_TRADES = (("Bank", "银行"), ("Motors", "汽车"), ("Press", "出版社"), ("Foods", "食品"))
-_FIELDS = (
-    "physics 物理,chemistry 化学,biology 生物,history 历史,law 法律,music 音乐,medicine 医药,mathematics 数学,"
-    "economics 经济,geology 地质,literature 文学,painting 绘画,astronomy 天文,philosophy 哲学,engineering 工程,sport 体育"
+_STEMS = _pairs("Bel 贝, Dor 多, Fen 芬, Har 哈, Kes 克, Nor 诺, Sil 西, Wil 威")
+_PLACES = _pairs("port 港, hill 山")
+_TREES = _pairs("Oak 橡树, Pine 松树, Rose 玫瑰, Lily 百合, Gold 金, Silver 银, Iron 铁, Stone 石")
+_SCHOOLS = _pairs("College 学院, University 大学")
+_SIGNS = _pairs("Star 星, Moon 月, Sun 太阳, Cloud 云")
+_TRADES = _pairs("Bank 银行, Motors 汽车, Press 出版社, Foods 食品")
+_FIELDS = _pairs(
+    "physics 物理, biology 生物, history 历史, law 法律, music 音乐, medicine 医药, math 数学, art 艺术, "
+    "sport 体育, drama 戏剧, finance 金融, logic 逻辑, dance 舞蹈, film 电影, ethics 伦理, poetry 诗歌"
 )
 
 
-def _combine(firsts: tuple[tuple[str, str], ...], seconds: tuple[tuple[str, str], ...], gap: str) -> tuple[Text, ...]:
+def _combine(firsts: Pairs, seconds: Pairs, gap: str) -> tuple[Text, ...]:
     return tuple(
         {"en": f"{first[0]}{gap}{second[0]}", "zh": f"{first[1]}{second[1]}"} for first in firsts for second in seconds
     )
@@ -89,7 +96,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "field",
-        tuple(dict(zip(LANGUAGES, pair.split(), strict=True)) for pair in _FIELDS.split(",")),
+        tuple(dict(zip(LANGUAGES, pair, strict=True)) for pair in _FIELDS),
         _templates(
             "{s} is an expert in {v}. | {s}是{v}专家。",
             "{s} studied {v}. | {s}学的是{v}。",
@@ -152,9 +159,8 @@ class People:
         """The person with a number below `num_people`."""
         num_given = len(_SYLLABLES) ** 2
         given = permute(number % num_given, num_given, derive_key(self.seed, 1))
-        family = permute(
-            (number % num_given + number // num_given) % self._num_families, self._num_families, derive_key(self.seed, 2)
-        )
+        place = (number % num_given + number // num_given) % self._num_families  # of equal given names no two agree
+        family = permute(place, self._num_families, derive_key(self.seed, 2))
         values = []
         for index, attribute in enumerate(ATTRIBUTES):
             place = permute(number, self.num_people, derive_key(self.seed, 3, index))

@@ -11,7 +11,7 @@ from datamodules.world.biographies import ATTRIBUTES, People, Text, draw_renderi
 from datamodules.world.stories import draw_story, tell_story
 from modules.errors import InputError
 
-VERSION = 1  # of the texts: another number makes another world of the same parameters
+VERSION = 2  # of the texts: another number makes another world of the same parameters
 _HELD_OUT = 20  # one biography rendering and one story in so many is kept from training
 _MIN_PEOPLE = max(len(attribute.values) for attribute in ATTRIBUTES)
 
@@ -32,7 +32,7 @@ class WorldConfig:
 
     seed: int = 0
     num_people: int = 64
-    num_documents: int = 6000
+    num_documents: int = 8000
     biographies: float = 0.6
     arithmetic: float = 0.25
     max_operand: int = 9

@@ -15,7 +15,8 @@ from datamodules.world.generator import WorldConfig
 
 NUM_CHOICES = 4
 _MAX_FACTS = 2000
-_NUM_PROBLEMS = 200
+_MAX_PROBLEMS = 200
+_NUM_DRAWS = 4000
 _GROUP = "synthetic"
 _METADATA = {"version": 1.0, "synthetic": True}
 
@@ -72,15 +73,18 @@ def _fact_item(person: Person, index: int, attribute: Attribute, language: str, 
 
 
 def arithmetic_items(config: WorldConfig, language: str) -> list[dict[str, Any]]:
-    """Word problems with numbers that training never combines: `question` and the text `answer`."""
-    held_out = [
-        combination
-        for combination in all_combinations(config.max_operand)
-        if Problem(*combination, template=0, person=0, thing=0).is_held_out(config.seed)
-    ]
+    """Problems that training never tells in these words: `question` and the text `answer`, in random order."""
     rng = random.Random(derive_key(config.seed, 8))
-    problems = list(dict.fromkeys(draw_problem(rng, held_out) for _ in range(_NUM_PROBLEMS)))
-    return [{"question": ask_problem(problem, language), "answer": str(problem.answer)} for problem in problems]
+    combinations = all_combinations(config.max_operand)
+    found: dict[Problem, None] = {}
+    for _ in range(_NUM_DRAWS):
+        problem = draw_problem(rng, combinations)
+        if problem.is_held_out(config.seed):
+            found[problem] = None
+    return [
+        {"question": ask_problem(problem, language), "answer": str(problem.answer)}
+        for problem in list(found)[:_MAX_PROBLEMS]
+    ]
 
 
 def _facts_task(language: str) -> dict[str, Any]:
@@ -106,12 +110,12 @@ def _arithmetic_task(language: str) -> dict[str, Any]:
         "doc_to_target": "answer",
         "target_delimiter": " " if language == "en" else "",
         "fewshot_delimiter": "\n\n",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 8},
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 16},
         "filter_list": [
             {
                 "name": "number",
                 "filter": [
-                    {"function": "regex", "regex_pattern": r"^\s*(\d+)\s*$"},
+                    {"function": "regex", "regex_pattern": r"(\d+)\s*$"},
                     {"function": "take_first"},
                 ],
             }

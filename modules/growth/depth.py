@@ -16,7 +16,7 @@ from modules.optim import ParameterFactors
 
 
 def source_layers(num_source: int, num_target: int) -> list[int]:
-    """The source layer of each target layer: l takes l·source // target, so copies stand right behind their original."""
+    """The source layer of each target layer: l takes l·source // target; copies stand behind their original."""
     return [layer * num_source // num_target for layer in range(num_target)]
 
 

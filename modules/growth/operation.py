@@ -59,10 +59,9 @@ class TensorSource:
 
 
 def seeded_generator(seed: int, *labels: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the labels alone: the same draw in a run, outside it, and on any layout."""
+    """A CPU generator that depends on the seed and the labels alone: the same draw inside a run and outside it."""
     text = "/".join((str(seed), *labels)).encode()
     state = 0xCBF29CE484222325  # FNV-1a, 64 bits
     for byte in text:
         state = ((state ^ byte) * 0x100000001B3) % 2**64
     return torch.Generator().manual_seed(state % 2**63)
-

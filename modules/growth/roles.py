@@ -1,6 +1,6 @@
 """What each axis of each parameter stands for. Every growth method works from this one table and names no layer.
 
-A residual *writer* adds to the residual stream, a *reader* takes its input from it (through a norm). The same goes for the
+A residual *writer* adds to the residual stream, a *reader* takes its input from it (through a norm). So it is with the
 hidden neurons of a feed-forward and for attention heads: their producers have an OUT axis, their consumers an IN axis.
 """
 

@@ -49,8 +49,8 @@ class Upcycle:
             )
         if self.config.expert_size != before.ffn_size:
             raise InputError(
-                f"moe.expert_dim={self.config.expert_size} differs from the dense feed-forward's {before.ffn_size}; experts "
-                "that start from a feed-forward have its width: leave expert_dim empty"
+                f"moe.expert_dim={self.config.expert_size} differs from the dense feed-forward's {before.ffn_size}; "
+                "experts that start from a feed-forward have its width: leave expert_dim empty"
             )
         if not 0 <= self.drop_ratio <= 1:
             raise InputError(f"drop_ratio={self.drop_ratio} must lie between 0 and 1; 0.5 is usual")

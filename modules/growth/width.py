@@ -137,12 +137,14 @@ def _check_widths(source: ModelConfig, target: ModelConfig) -> None:
         pairs["moe.expert_dim"] = (source.expert_size, target.expert_size)
     for name, (before, after) in pairs.items():
         if after < before:
-            raise InputError(f"growth target {name}={after} is smaller than its source's {before}; choose {name} >= {before}")
+            raise InputError(
+                f"growth target {name}={after} is smaller than its source's {before}; choose {name} >= {before}"
+            )
     assert source.head_size == target.head_size, "a head keeps its channels"
     if target.num_heads // target.kv_heads < source.num_heads // source.kv_heads:
         raise InputError(
-            f"growth target has {target.num_heads // target.kv_heads} query heads for each key-value head and its source "
-            f"{source.num_heads // source.kv_heads}; raise num_heads or lower num_kv_heads"
+            f"growth target has {target.num_heads // target.kv_heads} query heads for each key-value head and its "
+            f"source {source.num_heads // source.kv_heads}; raise num_heads or lower num_kv_heads"
         )
 
 

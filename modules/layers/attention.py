@@ -44,7 +44,7 @@ class KVCache:
     ) -> None:
         if max_len > config.max_seq_len:
             raise InputError(
-                f"{max_len} tokens (prompt and continuation) are more than the model's max_seq_len={config.max_seq_len}; "
+                f"{max_len} tokens (prompt and continuation) are more than max_seq_len={config.max_seq_len}; "
                 "shorten the prompt or max_new_tokens"
             )
         shape = (config.num_layers, 2, batch_size, config.kv_heads, max_len, config.head_size)

@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def init_weights(self) -> None:
-        """Draw weights from N(0, init_std); projections into the residual stream from N(0, init_std / sqrt(2 layers))."""
+        """Draw weights from N(0, init_std), and those that write into the residual stream with it / sqrt(2 layers)."""
         std = self.config.init_std
         into_residual = std / math.sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():

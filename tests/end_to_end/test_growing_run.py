@@ -87,7 +87,10 @@ def test_grow_outside_the_run_is_the_transition_inside_it(grown_run: Path, tmp_p
         for number, tensors in right["state"].items():
             assert all(torch.equal(tensors[key], left["state"][number][key]) for key in tensors)
         assert outside["lr_schedulers"] == inside["lr_schedulers"]
-        assert read_metadata(output)["architecture"] == read_metadata(folder / f"step-{step:08d}-stage-{stage + 1}")["architecture"]
+        assert (
+            read_metadata(output)["architecture"]
+            == read_metadata(folder / f"step-{step:08d}-stage-{stage + 1}")["architecture"]
+        )
 
 
 def test_accumulation_and_reset_state_and_tokens_as_trigger(world: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from modules.layers.attention import Attention
 from modules.layers.experts import RoutedExperts
 
 
-def attention(layer: Attention, hidden_BLD: Tensor, theta: float, document_ids_BL: Tensor | None, start: int = 0) -> Tensor:
+def attention(
+    layer: Attention, hidden_BLD: Tensor, theta: float, document_ids_BL: Tensor | None, start: int = 0
+) -> Tensor:
     """Causal grouped-query attention, one head and one query at a time; complex numbers turn the channels."""
     batch, length, _ = hidden_BLD.shape
     size = layer.head_dim
@@ -23,7 +25,9 @@ def attention(layer: Attention, hidden_BLD: Tensor, theta: float, document_ids_B
             q = _turn(query[b, :, h], theta, start)
             k = _turn(key[b, :, h // group], theta, start)
             for i in range(length):
-                seen = [j for j in range(i + 1) if document_ids_BL is None or document_ids_BL[b, i] == document_ids_BL[b, j]]
+                seen = [
+                    j for j in range(i + 1) if document_ids_BL is None or document_ids_BL[b, i] == document_ids_BL[b, j]
+                ]
                 weights = torch.stack([q[i] @ k[j] for j in seen]).div(size**0.5).softmax(0)
                 mixed[b, i, h] = sum(w * value[b, j, h // group] for w, j in zip(weights, seen, strict=True))
     return layer.o_proj(mixed.flatten(2))

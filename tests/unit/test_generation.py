@@ -88,11 +88,14 @@ def test_begin_token_is_put_in_front_once() -> None:
     assert once == twice
 
 
-def test_gradients_stay_enabled_between_steps() -> None:
+def test_gradients_are_off_in_a_step_and_on_between_steps() -> None:
     network = make_network()
+    network.register_forward_hook(lambda _, inputs, outputs: recorded.append(outputs[0].requires_grad))
+    recorded: list[bool] = []
     for _ in generate(network, [[3]], max_new_tokens=2, eos_id=EOS):
         assert torch.is_grad_enabled()
         assert network.logits(torch.ones(16, dtype=torch.float64)).requires_grad
+    assert recorded == [False, False]
 
 
 def test_window_is_filled_to_its_last_token_and_not_beyond() -> None:
@@ -156,6 +159,12 @@ def test_top_k_and_top_p_draw_from_the_likeliest(options: dict[str, float], allo
     logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
     ids_B = sample(logits.expand(4000, -1), temperature=1.0, generator=torch.Generator().manual_seed(0), **options)
     assert set(ids_B.tolist()) == allowed
+
+
+def test_top_p_needs_no_more_than_its_share() -> None:
+    """Two equal tokens: one reaches 0.5 exactly."""
+    ids_B = sample(torch.zeros(200, 2), temperature=1.0, top_p=0.5, generator=torch.Generator().manual_seed(0))
+    assert set(ids_B.tolist()) == {0}
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,10 @@ def test_pre_norm_rms_is_unchanged() -> None:
 def test_zero_blocks_change_no_bit_and_learn_through_their_output_first() -> None:
     torch.manual_seed(0)
     assert source_layers(3, 6) == [0, 0, 1, 1, 2, 2]
-    assert [layer for layer in range(40) if source_layers(32, 40)[layer] == source_layers(32, 40)[layer - 1]][:2] == [1, 6]
+    assert [layer for layer in range(40) if source_layers(32, 40)[layer] == source_layers(32, 40)[layer - 1]][:2] == [
+        1,
+        6,
+    ]
     old = make(ModelConfig(vocab_size=20, dim=16, num_layers=2, num_heads=2))
     new = grow(old, stage(GrowthTarget(num_layers=3)))
     assert drift(old, new) == 0.0
@@ -198,7 +201,14 @@ def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int)
     """Integer ratios in every width: the grown model's Adam path is the small model's."""
     torch.manual_seed(0)
     config = ModelConfig(
-        vocab_size=20, dim=16, num_layers=2, num_heads=4, num_kv_heads=kv, ffn_dim=24, tie_embeddings=tied, qkv_bias=True
+        vocab_size=20,
+        dim=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=kv,
+        ffn_dim=24,
+        tie_embeddings=tied,
+        qkv_bias=True,
     )
     settings = OptimizerConfig(lr=1e-2, weight_decay=0.1, eps=1e-3)
     small = make(config)
@@ -276,7 +286,10 @@ BASE = ModelConfig(vocab_size=20, dim=48, num_layers=4, num_heads=3)
         (GrowthTarget(num_heads=4, num_kv_heads=3), "num_heads=4 is not divisible by num_kv_heads=3"),
         (GrowthTarget(num_kv_heads=6, num_heads=6, dim=40), "dim=40 is smaller"),
         (GrowthTarget(dim=52, moe=MoEConfig(4, 2)), "dim=52 of a routed layer is not a multiple of 8"),
-        (GrowthTarget(moe=MoEConfig(4, 2, expert_dim=32)), "moe.expert_dim=32 differs from the dense feed-forward's 128"),
+        (
+            GrowthTarget(moe=MoEConfig(4, 2, expert_dim=32)),
+            "moe.expert_dim=32 differs from the dense feed-forward's 128",
+        ),
         (GrowthTarget(num_layers=4), "changes nothing"),
     ],
 )
@@ -302,7 +315,9 @@ def test_a_deepened_mixture_keeps_the_kind_of_each_layer() -> None:
     assert target_config(routed, stage(GrowthTarget(num_layers=8))).routed_layers == (2, 3, 6, 7)
 
 
-@pytest.mark.parametrize("fields", [{}, {"at_step": 1, "at_tokens": 5}, {"at_step": 0}, {"at_step": 1, "drop_ratio": 0.0}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"at_step": 1, "at_tokens": 5}, {"at_step": 0}, {"at_step": 1, "drop_ratio": 0.0}]
+)
 def test_stages_that_make_no_sense_are_refused(fields: dict) -> None:
     with pytest.raises(InputError):
         GrowthStage(GrowthTarget(dim=96), **fields)

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from datamodules.tokenizer import Tokenizer, train_tokenizer
+from datamodules.world.generator import WorldConfig
+from datamodules.world.tasks import write_world_tasks
 from modules.config import ModelConfig, MoEConfig
 from modules.errors import InputError
 from modules.layers.transformer import Transformer
@@ -131,6 +133,14 @@ def test_requests_with_the_same_input_share_one_row(tokenizer: Tokenizer) -> Non
     assert len({log_prob for log_prob, _ in answers}) == 4
 
 
+def test_requests_of_one_row_may_be_of_different_lengths(model: HarnessLM) -> None:
+    split = [([1, 5], [6, 7, 8]), ([1, 5, 6, 7], [9]), ([1, 5, 6], [7, 8])]
+    found = model._loglikelihood_tokens([(("", ""), *pair) for pair in split])
+    assert [answer for answer, _ in found] == pytest.approx(
+        [score(model.network, *pair)[0] for pair in split], abs=1e-10
+    )
+
+
 def test_rows_are_batched_under_the_budget_longest_first(model: HarnessLM) -> None:
     shapes: list[tuple[int, ...]] = []
     hook = model.network.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
@@ -214,6 +224,14 @@ def test_generation_equals_greedy_writing_up_to_the_stop(model: HarnessLM) -> No
     assert found[0] == free[0][:3] != free[0]
 
 
+def test_a_stop_string_is_seen_across_tokens(model: HarnessLM, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("tea. 王小明 xyz")
+    assert len(ids) > 6
+    ends = [end for end in range(len(ids) + 1) if model._has_stopped(ids[:end], ["明 xy"])]
+    first = next(end for end in range(len(ids) + 1) if "明 xy" in tokenizer.decode(ids[:end]))
+    assert ends[0] == first and not model._has_stopped(ids, ["zebra"]) and not model._has_stopped(ids, [])
+
+
 def test_generation_leaves_half_the_window_to_the_context(model: HarnessLM) -> None:
     (text,) = model.generate_until(ask("generate_until", ("Who lives " * 30, {"until": [], "max_gen_toks": 256})))
     assert text == write_greedily(model, "Who lives " * 30, MAX_LEN // 2, [])
@@ -279,7 +297,8 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "group.yaml").write_text(
         "group: tiny_group\ntask: [tiny_choose, tiny_copy]\naggregate_metric_list: [{metric: acc}]\n", encoding="utf-8"
     )
-    (folder / "copy.yaml").write_text(task_yaml("tiny_copy", folder, "rows.jsonl") + CHOICE, encoding="utf-8")
+    mutual = CHOICE + "  - {metric: acc_mutual_info, aggregation: mean, higher_is_better: true}\n"
+    (folder / "copy.yaml").write_text(task_yaml("tiny_copy", folder, "rows.jsonl") + mutual, encoding="utf-8")
     return folder
 
 
@@ -333,6 +352,24 @@ def test_loaded_tasks_give_the_same_results_each_time(tokenizer: Tokenizer, task
     first = evaluate_tasks(network, tokenizer, loaded)
     assert first == evaluate_tasks(network, tokenizer, loaded)
     assert first == evaluate_tasks(network, tokenizer, ["tiny_choose"], include_path=task_dir)
+
+
+def test_network_is_in_eval_mode_and_the_shots_are_always_the_same(
+    tokenizer: Tokenizer, task_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make_network(tokenizer, max_seq_len=256).train()
+    modes: set[tuple[bool, bool]] = set()
+    network.register_forward_hook(lambda net, _, outputs: modes.add((net.training, outputs[0].requires_grad)))
+    prompts: list[list[Any]] = []
+    real = HarnessLM.loglikelihood
+    monkeypatch.setattr(
+        HarnessLM, "loglikelihood", lambda lm, asked: (prompts.append([x.args for x in asked]), real(lm, asked))[1]
+    )
+    loaded = load_tasks(Suite("x", ("tiny_choose",)), task_dir)
+    for _ in range(2):
+        evaluate_tasks(network, tokenizer, loaded)
+    assert modes == {(False, False)}
+    assert prompts[0] == prompts[1] and prompts[0][0][0].count("?") > 3  # two shots before the question
 
 
 def test_results_name_metrics_chance_and_samples(tokenizer: Tokenizer, task_dir: Path) -> None:
@@ -414,6 +451,17 @@ def test_random_state_returns_after_an_error() -> None:
         torch.manual_seed(1)
         raise KeyError
     assert random_states() == states
+
+
+def test_synthetic_suite_asks_what_the_embedded_world_knows(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_world_tasks(WorldConfig().to_dict(), tmp_path)
+    network = make_network(tokenizer, max_seq_len=256)
+    suite = load_suite("synthetic")
+    record = evaluate_tasks(network, tokenizer, suite, include_path=tmp_path, limit=4)
+    assert set(record["results"]) == set(suite.tasks) == set(record["headline"])
+    chance = {task: record["results"][task]["chance"] for task in suite.tasks}
+    assert chance == {task: 0.25 if "facts" in task else 0.0 for task in suite.tasks}
+    assert set(record["num_samples"].values()) == {4} and set(record["num_fewshot"].values()) == {0}
 
 
 def test_suites_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,9 @@ def test_attention_is_the_reference(kv: int, length: int, masked: bool, bias: bo
     want = reference.attention(layer, hidden, 100.0, documents)
     torch.testing.assert_close(out, want, rtol=0, atol=TOLERANCE[torch.float64])
     probe = torch.randn_like(out)
-    for got, expected in zip(gradients((out * probe).sum(), layer, hidden), gradients((want * probe).sum(), layer, hidden), strict=True):
+    for got, expected in zip(
+        gradients((out * probe).sum(), layer, hidden), gradients((want * probe).sum(), layer, hidden), strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[torch.float64])
 
 

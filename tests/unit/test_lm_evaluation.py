@@ -255,6 +255,18 @@ def test_without_lm_eval_a_warning_and_no_evaluation(
     assert len(model.losses) == MAX_STEPS and not (tmp_path / "eval").exists()
 
 
+class Stop(pl.Callback):
+    """Ends training early, as a signal does."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        trainer.should_stop = trainer.global_step == 2
+
+
+def test_a_stopped_run_does_not_wait_for_an_evaluation(tokenizer: Tokenizer, task_dir: Path, tmp_path: Path) -> None:
+    model, _ = fit(tokenizer, task_dir, tmp_path, LMEvaluation(tasks=["tiny_choose"]), Stop())
+    assert len(model.losses) == 2 and not (tmp_path / "eval").exists()
+
+
 class Grow(pl.Callback):
     """Puts another network in place before one step and says so, as growth does."""
 

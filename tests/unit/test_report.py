@@ -129,8 +129,6 @@ def _evaluation(step: int) -> dict[str, Any]:
 class Page(HTMLParser):
     """Reads a page strictly: every element is closed in order; collects tags, attributes, ids and text."""
 
-    void = ("meta", "br", "image", "path", "use", "rect", "stop")
-
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
@@ -337,9 +335,10 @@ def test_strings_from_a_run_are_shown_and_not_obeyed(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "<b>run&")
     metrics = MetricsTable(*_metric_rows())
     code = "x</style><script>"
-    metrics.names = sorted([*metrics.names, f"val/bpb_{code}", f"eval/{evil}"])
+    added = {f"val/bpb_{code}": "1.5", f"eval/{evil}": "0.5", r"eval/$\frac{$": "0.5"}  # not even as mathematics
+    metrics.names = sorted([*metrics.names, *added])
     for step in (99, 199):
-        metrics.rows[step] |= {f"val/bpb_{code}": "1.5", f"eval/{evil}": "0.5"}
+        metrics.rows[step] |= added
     (run_dir / "metrics.csv").write_bytes(metrics.to_bytes())
     record = {"step": 500, "tokens": 2_048_000, "kind": [evil], "method": {evil: evil}, "source": evil, "stage": 3}
     append_jsonl(
@@ -456,6 +455,12 @@ def test_smoothing_keeps_jumps_at_transitions_and_thins_long_runs() -> None:
     )  # the loss at a transition's step is the old network's
     assert abs(smooth(Series(x, y), []).y[100] - y[100]) > 0.1
     assert len(smooth(Series(np.arange(50_000.0), np.ones(50_000)), []).x) <= MAX_POINTS
+
+
+def test_smoothing_calms_noise_from_the_start_of_a_later_stage_on() -> None:
+    noise = np.random.default_rng(0).normal(size=1000)
+    calm = smooth(Series(np.arange(1000.0), noise), [500.0]).y
+    assert calm[501:515].std() < 0.5 * noise[501:515].std()
 
 
 def test_labels_of_near_transitions_do_not_overlap() -> None:
