@@ -77,11 +77,23 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
 
 
 def _add_signature(parser: "OneLineParser", function: Callable[..., None]) -> None:
-    """Parameters before the `*` of the signature are positional on the command line, those behind it are options."""
+    """Parameters before the `*` of the signature are positional (a list takes all words), those behind it are options."""
     parameters = inspect.signature(function).parameters.values()
-    options = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    parser.add_function_arguments(function, skip=options, as_positional=True)
-    parser.add_function_arguments(function, as_group=False, skip={p.name for p in parameters} - options)
+    options: set[str | int] = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    lists: set[str | int] = {p.name for p in parameters if p.name not in options and p.annotation == list[str]}
+    singles: set[str | int] = {p.name for p in parameters if p.name not in options | lists}
+    for name in lists:
+        parser.add_argument(str(name), nargs="+", type=str, help=_described(function, str(name)))
+    parser.add_function_arguments(function, skip=options | lists, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, skip=singles | lists)
+
+
+def _described(function: Callable[..., None], name: str) -> str:
+    """What the docstring says of a parameter."""
+    from docstring_parser import parse
+
+    described = {p.arg_name: p.description or "" for p in parse(function.__doc__ or "").params}
+    return " ".join(described[name].split())
 
 
 def _help() -> str:

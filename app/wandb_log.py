@@ -4,7 +4,7 @@ import importlib.util
 import netrc
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,27 +42,27 @@ def start_wandb(settings: WandbSettings, run_dir: Path, run_id: str | None, conf
             warnings.warn(f"Weights & Biases did not start, the run goes on without it: {reason}", stacklevel=2)
             return None
         warnings.warn(f"Weights & Biases cannot be reached, the run is logged offline: {reason}", stacklevel=2)
-        return start_wandb(WandbSettings("offline", settings.project, settings.name), run_dir, run_id, config)
+        return start_wandb(replace(settings, mode="offline"), run_dir, run_id, config)
 
 
 def _start(settings: WandbSettings, run_dir: Path, run_id: str | None, config: dict[str, Any], offline: bool) -> Logger:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    os.environ.setdefault("WANDB_SILENT", "true")
     run_dir.mkdir(parents=True, exist_ok=True)
-    logger = WandbLogger(
+    run = wandb.init(
         project=settings.project,
         name=settings.name or run_dir.resolve().name,
-        save_dir=run_dir,
+        dir=run_dir,
         id=run_id,
         resume="allow" if run_id else None,
-        offline=offline,
+        mode="offline" if offline else "online",
         config=config,
-        settings=wandb.Settings(init_timeout=START_TIMEOUT_S, silent=True, disable_git=True),
+        settings=wandb.Settings(init_timeout=START_TIMEOUT_S, silent=True, disable_git=True, console="off"),
     )
-    _ = logger.experiment
-    return logger
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return WandbLogger(experiment=run)
 
 
 def _has_key() -> bool:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from callbacks.cadence import starts_step, tokens_seen
 from modules.config import ModelConfig
@@ -214,7 +215,9 @@ def _exchange_optimizer(trainer: pl.Trainer, network: Transformer, state: dict[s
     for name, parameter in network.named_parameters():
         if name in state:
             optimizer.state[parameter] = state[name]
-    continue_scheduler(trainer.lr_scheduler_configs[0].scheduler, trainer.global_step)
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert isinstance(scheduler, LambdaLR)
+    continue_scheduler(scheduler, trainer.global_step)
 
 
 def _observers(trainer: pl.Trainer, method: str) -> list[Any]:

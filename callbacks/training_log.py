@@ -65,10 +65,10 @@ class TrainingLog(pl.Callback):
 
     def _collect(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, float]:
         dm, sums = trainer.datamodule, self._sums
-        metrics = {
+        metrics: dict[str, float] = {
             "train/loss": (sums["loss"] / sums["micro_batches"]).item(),
-            "train/grad_norm": pl_module.grad_norm.item(),
-            "train/lr": trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0],
+            "train/grad_norm": float(pl_module.grad_norm),
+            "train/lr": pl_module.learning_rate,
             "data/tokens": tokens_seen(trainer),
             "growth/stage": pl_module.stage,
         }

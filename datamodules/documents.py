@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from modules.errors import InputError
 
@@ -121,7 +121,8 @@ def _read_files(location: str, options: ReadOptions) -> Iterator[Any]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
-    with gzip.open(path) if path.suffix == _COMPRESSED else path.open("rb") as file:
+    opened = cast(IO[bytes], gzip.open(path) if path.suffix == _COMPRESSED else path.open("rb"))
+    with opened as file:
         yield file
 
 

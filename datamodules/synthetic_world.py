@@ -46,8 +46,8 @@ class SyntheticWorld(TextDataModule):
         *,
         num_people: int = 64,
         num_documents: int = 8000,
-        biographies: float = 0.6,
-        arithmetic: float = 0.25,
+        biographies: float = 0.55,
+        arithmetic: float = 0.35,
         max_operand: int = 9,
         vocab_size: int = 1024,
         world_seed: int = 0,
@@ -60,7 +60,7 @@ class SyntheticWorld(TextDataModule):
         super().__init__(folder, weights, **options)
         if vocab_size < 512:
             raise InputError(f"data.vocab_size={vocab_size} is too small for two languages; it must be at least 512")
-        self.task_dir = self.folder.absolute() / _TASKS
+        self.task_dir = self._tasks = self.folder.absolute() / _TASKS
 
     @property
     def vocab_size(self) -> int:
@@ -82,7 +82,7 @@ class SyntheticWorld(TextDataModule):
                     raise
         read_manifest(self.folder)
         # the tasks name their data by absolute path, so they are written anew where a folder was moved
-        write_world_tasks(self.world.to_dict(), self.task_dir)
+        write_world_tasks(self.world.to_dict(), self._tasks)
 
     def metadata(self) -> dict[str, Any]:
         """What a checkpoint says about its data; `world` makes the same questions again."""

@@ -285,7 +285,8 @@ class TextDataModule(LightningDataModule):
         """Micro-batches of the run that are done; Lightning keeps the count over resumed parts."""
         if self.trainer is None:
             return self._resumed_batches
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        total = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(getattr(total, "processed"))  # noqa: B009  Lightning's annotation is of a base class without it
 
 
 def _check_weights(weights: dict[str, float]) -> None:

@@ -98,8 +98,8 @@ class Tokenizer:
                 sizes[index] = 1
             else:
                 sizes[index] = len(token.replace("\u2581", " ").encode())
-        for index, token in self._inner.get_added_tokens_decoder().items():
-            sizes[index] = 0 if token.special else len(token.content.encode())
+        for index, added in self._inner.get_added_tokens_decoder().items():
+            sizes[index] = 0 if added.special else len(added.content.encode())
         return sizes
 
     def encode(self, text: str) -> list[int]:

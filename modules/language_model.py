@@ -9,14 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modules.config import CHECKPOINT_KEY, ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.losses import linear_cross_entropy
 from modules.functional.routing import RoutingStats
-from modules.functional.schedule import ScheduleConfig
+from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
 from modules.metrics import BitsPerByte
 from modules.optim import (
@@ -58,8 +58,9 @@ class LanguageModel(pl.LightningModule):
         self.schedule_config = schedule
         self.loss_chunk_rows = loss_chunk_rows
         self.factors: dict[str, ParameterFactors] = {}
+        self.grad_norm = torch.zeros(())
         self.network: Transformer | None = None
-        self.bits_per_byte = nn.ModuleList()
+        self.bits_per_byte: list[BitsPerByte] = []
 
     @staticmethod
     def check_start(architecture: ModelConfig) -> None:
@@ -112,6 +113,12 @@ class LanguageModel(pl.LightningModule):
             "schedule": asdict(self.schedule_config),
             "total_steps": self.trainer.max_steps,
         }
+
+    @property
+    def learning_rate(self) -> float:
+        """The schedule's learning rate for the next update; grown parameters have factors on it."""
+        factor = learning_rate_factor(self.trainer.global_step, self.trainer.max_steps, self.schedule_config)
+        return self.optimizer_config.lr * factor
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +179,7 @@ class LanguageModel(pl.LightningModule):
     def on_validation_start(self) -> None:
         """One meter per language."""
         languages = self.trainer.datamodule.languages
-        self.bits_per_byte = nn.ModuleList(BitsPerByte() for _ in languages).to(self.device)
+        self.bits_per_byte = [BitsPerByte().to(self.device) for _ in languages]
         self._validation_nats = torch.zeros((), dtype=torch.float64, device=self.device)
         self._validation_tokens = 0
 
@@ -194,7 +201,7 @@ class LanguageModel(pl.LightningModule):
         self.log_dict(metrics, logger=False)
         if not self.trainer.sanity_checking:
             log_metrics(self.trainer, metrics)
-        self.bits_per_byte = nn.ModuleList()
+        self.bits_per_byte = []
 
     @property
     def _net(self) -> Transformer:

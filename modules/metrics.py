@@ -11,6 +11,8 @@ class BitsPerByte(Metric):
     """Cross-entropy in bits over the UTF-8 bytes that the targets spell: comparable across tokenizers."""
 
     full_state_update = False
+    nats: Tensor
+    num_bytes: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -96,7 +96,7 @@ def continue_scheduler(scheduler: LambdaLR, finished_steps: int) -> None:
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients so that their global norm is at most `max_norm` (None: leave them); returns the norm before."""
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad])
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     return norm

@@ -33,8 +33,8 @@ class WorldConfig:
     seed: int = 0
     num_people: int = 64
     num_documents: int = 8000
-    biographies: float = 0.6
-    arithmetic: float = 0.25
+    biographies: float = 0.55
+    arithmetic: float = 0.35
     max_operand: int = 9
     version: int = VERSION
 

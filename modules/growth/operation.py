@@ -27,7 +27,8 @@ class Moments:
 class ParameterSource(Protocol):
     """Parameters of one architecture, by name; `moments` is None where the optimizer has none."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
 
     def weight(self, name: str) -> Tensor: ...
 

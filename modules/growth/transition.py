@@ -3,9 +3,9 @@
 The same code serves a transition inside a run and `growmoe grow` on a checkpoint.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,9 @@ def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterS
     """
     target, start = stage.target, source.config
     _check_not_smaller(start, target)
-    grown, kinds, methods = source, [], []
+    grown: ParameterSource = source
+    kinds: list[str] = []
+    methods: list[str] = []
     wider = _wider_config(start, target)
     if wider != start:
         grown = Widen(grown, wider, stage.split_noise, stage.seed)
@@ -127,8 +129,8 @@ def is_exact(target: ModelConfig, methods: list[str]) -> bool:
 
 def target_config(source: ModelConfig, stage: GrowthStage) -> ModelConfig:
     """The architecture after a stage, without touching weights; raises `InputError` as `build_chain` does."""
-    nothing = TensorSource(source, _unread, _unread, _unread)
-    return build_chain(nothing, stage)[0].config
+    nothing: Any = None  # an operation's shape is known before anything is read
+    return build_chain(TensorSource(source, nothing, nothing, nothing), stage)[0].config
 
 
 def network_source(
@@ -183,7 +185,7 @@ def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[st
 
 def _wider_config(start: ModelConfig, target: GrowthTarget) -> ModelConfig:
     """`start` with the target's widths; a head keeps its channels, also where dim / num_heads would change."""
-    widths = target.widths()
+    widths: dict[str, Any] = target.widths()
     dim, num_heads = widths.get("dim", start.dim), widths.get("num_heads", start.num_heads)
     keeps = dim == num_heads * start.head_size
     return replace(start, **widths, head_dim=start.head_dim if keeps else start.head_size)
@@ -204,6 +206,3 @@ def _check_not_smaller(start: ModelConfig, target: GrowthTarget) -> None:
                 f"growth target {name}={after} is smaller than its source's {name}={before}; models grow: "
                 f"choose {name} >= {before}"
             )
-
-
-_unread: Callable[[str], None] = lambda name: None  # noqa: E731

@@ -98,10 +98,11 @@ class Transformer(nn.Module):
                 f"sequence of {length} tokens is longer than max_seq_len={self.config.max_seq_len}; "
                 "shorten it (data.seq_len) or raise model.architecture.max_seq_len"
             )
+        mask: Tensor | None
         if cache is not None:
             position_ids_BL, mask = cache.positions_and_mask(length)
         else:
-            mask = None if document_ids_BL is None else document_mask(document_ids_BL)
+            mask = document_mask(document_ids_BL) if document_ids_BL is not None else None
         if position_ids_BL is None:
             position_ids_BL = torch.arange(length, device=tokens_BL.device)[None]
         hidden_BLD = self.embedding(tokens_BL)

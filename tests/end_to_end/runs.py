@@ -47,6 +47,7 @@ def settings(run_dir: Path, world: Path, **trainer: Any) -> dict[str, Any]:
             },
         },
         "growth": {"stages": RECIPE},
+        "evaluation": {"at_end": False, "at_transitions": False},
         "checkpoint": {"every_n_steps": 5, "keep_last": 2},
         "wandb": {"mode": "disabled"},
     }
