@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/growmoe report $(RUN_DIR)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

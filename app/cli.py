@@ -77,7 +77,7 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
 
 
 def _add_signature(parser: "OneLineParser", function: Callable[..., None]) -> None:
-    """Parameters before the `*` of the signature are positional (a list takes all words), those behind it are options."""
+    """Parameters before the `*` of the signature are positional (a list takes all words), those behind it options."""
     parameters = inspect.signature(function).parameters.values()
     options: set[str | int] = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     lists: set[str | int] = {p.name for p in parameters if p.name not in options and p.annotation == list[str]}

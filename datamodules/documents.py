@@ -121,9 +121,8 @@ def _read_files(location: str, options: ReadOptions) -> Iterator[Any]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
-    opened = cast(IO[bytes], gzip.open(path) if path.suffix == _COMPRESSED else path.open("rb"))
-    with opened as file:
-        yield file
+    with gzip.open(path) if path.suffix == _COMPRESSED else path.open("rb") as file:
+        yield cast(IO[bytes], file)
 
 
 def _read_text(path: Path, options: ReadOptions) -> Iterator[Any]:

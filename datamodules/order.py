@@ -1,7 +1,7 @@
 """The order of training samples: a pure function of the seed and the global sample index.
 
-Nothing is shuffled, stored or iterated. A sample is found by arithmetic alone, in constant memory, so any rank, worker
-or resumed run computes the same sample for the same index.
+Nothing is shuffled beforehand or iterated from the start. A sample is found by arithmetic alone, in the memory of one
+block, so any rank, worker or resumed run computes the same sample for the same index.
 
 - Inside a source, windows are visited by a keyed permutation of their number: a Feistel network over a rows x columns
   grid (the generalised Feistel construction of Black and Rogaway, 2002) with cycle walking for the few grid cells
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd, isfinite, isqrt, lcm
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from modules.errors import InputError
 
@@ -24,6 +26,8 @@ BLOCK_SIZE = 1024
 _NUM_ROUNDS = 4
 _BITS_64 = (1 << 64) - 1
 _BLOCK_TAG = 0xB10C
+
+Bits = TypeVar("Bits", int, np.ndarray)  # Python integers, or arrays of uint64 that wrap around
 
 
 class Location(NamedTuple):
@@ -34,8 +38,8 @@ class Location(NamedTuple):
     window: int
 
 
-def mix_bits(value: int) -> int:
-    """A 64-bit hash of an integer (the finaliser of SplitMix64; Steele, Lea and Flood, 2014)."""
+def mix_bits(value: Bits) -> Bits:
+    """A 64-bit hash of integers (the finaliser of SplitMix64; Steele, Lea and Flood, 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & _BITS_64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _BITS_64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _BITS_64
@@ -56,21 +60,35 @@ def hash_fraction(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()) / 2**56
 
 
-def permute(index: int, size: int, key: int) -> int:
-    """The place of `index` in the permutation of range(size) that belongs to `key`.
+def _walk(cell: Bits, rows: int, columns: int, key: Bits) -> Bits:
+    """One walk of the Feistel network over the cells of a grid, which is a permutation of them."""
+    row, column = cell // columns, cell % columns
+    for round_index in range(0, _NUM_ROUNDS, 2):
+        row = (row + mix_bits(key ^ (column << 3) ^ round_index) % rows) % rows
+        column = (column + mix_bits(key ^ (row << 3) ^ (round_index + 1)) % columns) % columns
+    return row * columns + column
 
-    The grid has fewer than sqrt(size) + 1 cells beyond `size`, so a second walk is rare.
-    """
+
+def _grid(size: int) -> tuple[int, int]:
+    """Rows and columns of a grid with fewer than sqrt(size) + 1 cells beyond `size`, so that a second walk is rare."""
     rows = isqrt(size - 1) + 1 if size > 1 else 1
-    columns = -(-size // rows)
-    while True:
-        row, column = divmod(index, columns)
-        for round_index in range(0, _NUM_ROUNDS, 2):
-            row = (row + mix_bits(key ^ (column << 3) ^ round_index)) % rows
-            column = (column + mix_bits(key ^ (row << 3) ^ (round_index + 1))) % columns
-        index = row * columns + column
-        if index < size:
-            return index
+    return rows, -(-size // rows)
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """The place of `index` in the permutation of range(size) that belongs to `key`."""
+    index = _walk(index, *_grid(size), key)
+    while index >= size:
+        index = _walk(index, *_grid(size), key)
+    return index
+
+
+def permute_all(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """`permute` for each index with its own key: uint64 [N] from uint64 [N] and uint64 [N]."""
+    places = _walk(indices, *_grid(size), keys)
+    while (outside := places >= size).any():
+        places[outside] = _walk(places[outside], *_grid(size), keys[outside])
+    return places
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
@@ -117,7 +135,7 @@ class MixedOrder:
         self.sizes = list(sizes)
         self.weights = integer_weights(weights)
         self.seed = seed
-        self._block: tuple[int, list[int], list[int]] | None = None
+        self._block: tuple[int, list[Location]] | None = None
 
     def samples_before(self, block: int) -> list[int]:
         """How many samples each source has given before `block`: its share of 1024*block by largest remainder."""
@@ -130,24 +148,28 @@ class MixedOrder:
             counts[source] += 1
         return counts
 
-    def _layout(self, block: int) -> tuple[list[int], list[int]]:
-        """Samples of each source before the block, and the end of each source's places inside it."""
-        if self._block is None or self._block[0] != block:
-            before, after = self.samples_before(block), self.samples_before(block + 1)
-            ends, end = [], 0
-            for first, last in zip(before, after, strict=True):
-                end += last - first
-                ends.append(end)
-            self._block = (block, before, ends)
-        return self._block[1], self._block[2]
-
     def locate(self, index: int) -> Location:
-        """The sample at a global index."""
+        """The sample at a global index. The block around it is worked out once, for the indices that follow."""
         block, slot = divmod(index, BLOCK_SIZE)
-        before, ends = self._layout(block)
-        place = permute(slot, BLOCK_SIZE, derive_key(self.seed, _BLOCK_TAG, block))
-        source = next(number for number, end in enumerate(ends) if place < end)
-        nth = before[source] + place - (ends[source - 1] if source else 0)
-        epoch, nth = divmod(nth, self.sizes[source])
-        window = permute(nth, self.sizes[source], derive_key(self.seed, source, epoch))
-        return Location(source, epoch, window)
+        if self._block is None or self._block[0] != block:
+            self._block = (block, self._lay_out(block))
+        return self._block[1][slot]
+
+    def _lay_out(self, block: int) -> list[Location]:
+        """The samples of one block."""
+        before = np.array(self.samples_before(block))
+        quotas = np.array(self.samples_before(block + 1)) - before
+        ends = np.cumsum(quotas)
+        slots = np.arange(BLOCK_SIZE, dtype=np.uint64)
+        block_key = np.full(BLOCK_SIZE, derive_key(self.seed, _BLOCK_TAG, block), dtype=np.uint64)
+        places = permute_all(slots, BLOCK_SIZE, block_key).astype(np.int64)
+        sources = np.searchsorted(ends, places, side="right")
+        nth = (before + quotas - ends)[sources] + places
+        epochs, windows = np.empty_like(nth), np.empty_like(nth)
+        for source, size in enumerate(self.sizes):
+            mine = sources == source
+            epochs[mine] = nth[mine] // size
+            # the key is derive_key(seed, source, epoch), for many epochs at once
+            keys = mix_bits(derive_key(self.seed, source) ^ mix_bits(epochs[mine].astype(np.uint64)))
+            windows[mine] = permute_all((nth[mine] % size).astype(np.uint64), size, keys)
+        return list(map(Location, sources.tolist(), epochs.tolist(), windows.tolist()))

@@ -3,11 +3,12 @@
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.order import BLOCK_SIZE, MixedOrder, derive_key, integer_weights, permute
+from datamodules.order import BLOCK_SIZE, MixedOrder, derive_key, integer_weights, permute, permute_all
 from modules.errors import InputError
 
 mixtures = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 100)), min_size=1, max_size=6)
@@ -16,6 +17,30 @@ mixtures = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 100)), min_si
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permutation_is_a_bijection(size: int, key: int) -> None:
     assert sorted(permute(index, size, key) for index in range(size)) == list(range(size))
+
+
+@given(size=st.integers(1, 3000), keys=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3))
+def test_permuting_many_is_permuting_each(size: int, keys: list[int]) -> None:
+    indices = [(7 * number) % size for number in range(100)]
+    each = [permute(index, size, keys[number % len(keys)]) for number, index in enumerate(indices)]
+    key_of_each = np.resize(np.array(keys, dtype=np.uint64), 100)
+    assert permute_all(np.array(indices, dtype=np.uint64), size, key_of_each).tolist() == each
+
+
+@given(mixture=mixtures, index=st.integers(0, 10**8), seed=st.integers(0, 10**6))
+def test_a_location_follows_from_its_definition(mixture: list[tuple[int, int]], index: int, seed: int) -> None:
+    """One sample worked out alone, with Python integers."""
+    sizes = [size for size, _ in mixture]
+    order = MixedOrder(sizes, [weight for _, weight in mixture], seed)
+    block, slot = divmod(index, BLOCK_SIZE)
+    before, after = order.samples_before(block), order.samples_before(block + 1)
+    place = permute(slot, BLOCK_SIZE, derive_key(seed, 0xB10C, block))
+    source = 0
+    while place >= after[source] - before[source]:
+        place -= after[source] - before[source]
+        source += 1
+    epoch, nth = divmod(before[source] + place, sizes[source])
+    assert order.locate(index) == (source, epoch, permute(nth, sizes[source], derive_key(seed, source, epoch)))
 
 
 def test_permutations_of_different_keys_differ() -> None:

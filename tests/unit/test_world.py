@@ -317,6 +317,7 @@ def test_a_world_of_another_version_is_refused() -> None:
         WorldConfig(**{**SMALL.to_dict(), "version": 999})
 
 
+@pytest.mark.slow
 def test_a_prepared_world_starts_without_the_datasets_library(root: Path) -> None:
     """Its import costs more than a second at every start."""
     import subprocess
