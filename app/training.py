@@ -98,7 +98,7 @@ class TrainingCLI(LightningCLI):
             self.stopper,
             parts["checkpoint"],
         ]
-        ours = training if self.subcommand == "fit" else []
+        ours = training if self.subcommand == "fit" else [parts["console"]]
         settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
         settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
         self.extra_loggers = settings["logger"]
@@ -157,6 +157,11 @@ class TrainingCLI(LightningCLI):
         self._restore_shape(chosen)
         self._check_data()
 
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
+        sys.stdout.write("".join(f"{name} {value:.4f}\n" for name, value in metrics.items()))
+
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _restore_shape(self, chosen: Path | None) -> dict[str, Any]:
@@ -168,8 +173,18 @@ class TrainingCLI(LightningCLI):
         self.model.restore_shape(metadata)
         return metadata
 
+    def _check_vocabulary(self) -> None:
+        """The vocabulary is the data's; another one given to the model would be overridden without a word."""
+        given, known = self.config[self.subcommand].get(VOCABULARY), self.datamodule.vocab_size
+        if given not in (None, known):
+            raise InputError(
+                f"model.architecture.vocab_size={given} is not the {known} of the data's tokenizer, where it comes from; "
+                "leave it out"
+            )
+
     def _check_data(self) -> None:
         """Open and check the data before Lightning opens loggers (on several ranks, Lightning's own order does it)."""
+        self._check_vocabulary()
         if self.datamodule.seq_len > self.model.architecture.max_seq_len:
             raise InputError(
                 f"data.seq_len={self.datamodule.seq_len} is more than the model's "
@@ -203,7 +218,6 @@ class TrainingCLI(LightningCLI):
 def run(arguments: Sequence[str]) -> None:
     """Parse `fit ...` or `validate ...` and do it."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    _refuse_vocabulary(arguments)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     sys.argv = ["growmoe", *arguments]
@@ -220,10 +234,3 @@ def run(arguments: Sequence[str]) -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
-
-
-def _refuse_vocabulary(arguments: Sequence[str]) -> None:
-    """The vocabulary is the data's; a flag for it would be overridden without a word."""
-    given = [argument for argument in arguments if argument.split("=")[0].endswith("architecture.vocab_size")]
-    if given:
-        raise InputError(f"{given[0]} cannot be set: the vocabulary comes from the data's tokenizer; leave it out")

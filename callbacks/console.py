@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.cadence import is_log_step, tokens_seen
 from modules.functional.flops import count_parameters
@@ -54,7 +55,7 @@ class Console(TQDMProgressBar):
         """Bits per byte of each language."""
         super().on_validation_end(trainer, pl_module)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if metrics and not trainer.sanity_checking:
+        if metrics and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             values = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in sorted(metrics.items()))
             self._line(f"step {trainer.global_step:>6}  validation  {values}")
 

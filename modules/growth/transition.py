@@ -4,7 +4,7 @@ The same code serves a transition inside a run and `growmoe grow` on a checkpoin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -85,7 +85,7 @@ class GrowthStage:
     def identity(self) -> str:
         """Names the transition in checkpoints, so that it is applied once."""
         trigger = f"step {self.at_step}" if self.at_step is not None else f"{self.at_tokens} tokens"
-        return f"{trigger}: {self.target}"
+        return f"{trigger}: {_describe(self.target)}"
 
 
 def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterSource, list[str], list[str]]:
@@ -181,6 +181,12 @@ def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[st
             state[name] = {key: t.to(parameter).contiguous() for key, t in zip(OPTIMIZER_KEYS, tensors, strict=True)}
             state[name]["step"] = torch.tensor(moments.step, dtype=torch.float32, device=parameter.device)
     return state
+
+
+def _describe(config: Any) -> str:
+    """The fields of a dataclass that differ from their defaults; fields that come later do not change it."""
+    chosen = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    return ", ".join(f"{k}=({_describe(v)})" if is_dataclass(v) else f"{k}={v}" for k, v in chosen.items())
 
 
 def _wider_config(start: ModelConfig, target: GrowthTarget) -> ModelConfig:

@@ -35,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--model.architecture.dim=abc", "architecture.dim: Expected a <class 'int'>. Got value: abc"),
         ("--model.architecture.num_heads=3", "dim=16 is not divisible by num_heads=3"),
         ("--model.architecture.moe={num_experts: 4, top_k: 5}", "top_k=5 is more than num_experts=4"),
-        ("--model.architecture.vocab_size=600", "the vocabulary comes from the data"),
+        ("--model.architecture.vocab_size=600", "vocab_size=600 is not the 512 of the data's tokenizer"),
         ("--model.architecture.moe={num_experts: 4}", "DenseLM got moe"),
         ("--model.optimizer.lr=nan", "optimizer.lr: Expected a <class 'float'>. Got value: nan"),
         ("--model.optimizer.lr=-1", "lr=-1.0 must be a finite number above 0"),

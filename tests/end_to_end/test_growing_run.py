@@ -122,3 +122,17 @@ def test_a_longer_run_resumes_from_the_last_checkpoint(grown_run: Path, world: P
     config = runs.settings(tmp_path / "longer", world, max_steps=20)
     longer = runs.fit(config, "--ckpt_path", str(grown_run / "checkpoints" / "step-00000016"))
     assert set(runs.losses(longer)) == {17, 18, 19, 20}
+
+
+def test_validate_measures_a_grown_checkpoint_as_the_run_did(
+    grown_run: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs.write(runs.settings(tmp_path / "unused", world), tmp_path / "config.yaml")
+    capsys.readouterr()
+    main(["validate", "--config", str(path), "--ckpt_path", str(grown_run / "checkpoints" / "step-00000016")])
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("val/"))
+    row = runs.metrics(grown_run)[16]
+    assert {name: float(value) for name, value in shown.items()} == {
+        name: pytest.approx(float(row[name]), abs=1e-4) for name in ("val/bpb_en", "val/bpb_zh", "val/loss")
+    }
+    assert not (tmp_path / "unused").exists()
