@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 TOKENIZER = "tokenizer.json"
-_NAME = re.compile(r"step-(\d+)(?:-stage-(\d+))?(?:\.(\d+))?")
+_NAME = re.compile(r"step-(\d+)(?:-stage-(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> None:
     """Compare every file with its sha256; raises `InputError` naming the first that differs."""
     for name, expected in _read_manifest(path)["files"].items():
-        if _fingerprint(path / name) != expected:
+        try:
+            found = _fingerprint(path / name)
+        except OSError as error:
+            raise InputError(f"checkpoint {path} is damaged: {name} cannot be read ({error}); use another") from None
+        if found != expected:
             raise InputError(
                 f"checkpoint {path} is damaged: {name} does not match its sha256; use an older checkpoint beside it"
             )
@@ -123,8 +127,21 @@ def remove_checkpoint(path: Path) -> None:
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """Checkpoint directories with a manifest, oldest first."""
-    found = [(_order(path.name), path) for path in _directories(directory) if (path / MANIFEST).is_file()]
-    return [path for order, path in sorted(found) if order is not None]
+    found = [path for path in _directories(directory) if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: _order(path.name))
+
+
+def supersede_later(chosen: Path) -> None:
+    """Rename the checkpoints of the folder that come after `chosen`, from which a run is about to go another way.
+
+    They stay on the disk as `NAME.superseded`, out of the way of the new ones, and `newest_valid` does not see them.
+    """
+    later = list_checkpoints(chosen.parent)
+    for path in later[later.index(chosen) + 1 :]:
+        aside, number = path.with_name(f"{path.name}.superseded"), 2
+        while aside.exists():
+            aside, number = path.with_name(f"{path.name}.superseded-{number}"), number + 1
+        path.rename(aside)
 
 
 def newest_valid(directory: Path) -> tuple[Path | None, list[Path]]:
@@ -152,9 +169,11 @@ def _directories(directory: Path) -> Iterator[Path]:
     return (path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else iter(())
 
 
-def _order(name: str) -> tuple[int, int, int] | None:
+def _order(name: str) -> tuple[int, int]:
+    """Step and stage; a regular checkpoint comes before the transition at its step."""
     match = _NAME.fullmatch(name)
-    return None if match is None else (int(match[1]), int(match[2] or 0), int(match[3] or 0))
+    assert match is not None
+    return int(match[1]), int(match[2] or -1)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -166,8 +185,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], manifest["files"]
-    except (ValueError, KeyError) as error:
+        version, files = int(manifest["format_version"]), dict(manifest["files"])
+        manifest["metadata"]["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}); use an older one"
         ) from None

@@ -31,6 +31,7 @@ class DirectoryCheckpointIO(CheckpointIO):
             "tokens": self.datamodule.consumed_samples * self.datamodule.seq_len,
             **checkpoint[CHECKPOINT_KEY],
             "data": self.datamodule.metadata(),
+            "data_position": self.datamodule.state_dict(),
             **self.record,
             "versions": store.library_versions(),
         }

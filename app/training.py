@@ -1,7 +1,6 @@
 """`fit` and `validate`: LightningCLI with growmoe's parts, and every check that comes before a run writes anything."""
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from app.wandb_log import WandbSettings, start_wandb
 from callbacks.checkpointing import Checkpointing
 from callbacks.console import Console
 from callbacks.expert_load import ExpertLoad
+from callbacks.final_validation import FinalValidation
 from callbacks.growth import Growth
 from callbacks.lm_evaluation import LMEvaluation
 from callbacks.safety import StopOnSignal
@@ -33,6 +33,7 @@ from datamodules.text import TextDataModule
 from modules.dense import DenseLM  # noqa: F401
 from modules.errors import InputError
 from modules.files import replace_file
+from modules.jsonl import append_jsonl
 from modules.language_model import LanguageModel
 from modules.mixture import MoELM  # noqa: F401
 
@@ -93,9 +94,10 @@ class TrainingCLI(LightningCLI):
             parts["throughput"],
             ExpertLoad(),
             self.growth,
-            parts["evaluation"],
-            parts["console"],
             self.stopper,
+            parts["evaluation"],
+            FinalValidation(),
+            parts["console"],
             parts["checkpoint"],
         ]
         ours = training if self.subcommand == "fit" else [parts["console"]]
@@ -115,24 +117,25 @@ class TrainingCLI(LightningCLI):
         max_steps = self.trainer.max_steps
         if max_steps < 1:
             raise InputError(f"trainer.max_steps={max_steps} gives the run no end; set trainer.max_steps to at least 1")
-        if self.trainer.gradient_clip_algorithm not in (None, "norm"):
-            raise InputError(
-                f"trainer.gradient_clip_algorithm={self.trainer.gradient_clip_algorithm} is not offered; gradients are "
-                "clipped by their global norm: leave it out"
-            )
+        self._check_trainer()
         self.model.schedule_config.check_total(max_steps)
         chosen, damaged = choose_checkpoint(run_dir, self._get(self.config_init, "ckpt_path"))
         metadata = self._restore_shape(chosen)
-        self.growth.check(self.model.initial_architecture, max_steps, self.model.applied_transitions)
+        tokens_per_step = self.datamodule.batch_size * self.datamodule.seq_len * self.trainer.world_size
+        tokens_per_step *= self.trainer.accumulate_grad_batches
+        self.growth.check(self.model.initial_architecture, max_steps, tokens_per_step, self.model.applied_transitions)
         if metadata and metadata["step"] > max_steps:
             raise InputError(
                 f"trainer.max_steps={max_steps} is below the checkpoint's step {metadata['step']}; raise it"
             )
         self._check_data()
+        if metadata:
+            self.datamodule.trainer = self.trainer
+            self.datamodule.load_state_dict(metadata["data_position"])
         self._get(self.config_init, "evaluation").prepare(self.datamodule)
         for path in damaged:
             sys.stderr.write(f"growmoe fit: checkpoint {path} is damaged and passed over\n")
-        self._open_run(run_dir, metadata)
+        self._open_run(run_dir, chosen, metadata)
 
     def after_fit(self) -> None:
         """End as the signal that stopped the run demands."""
@@ -169,16 +172,32 @@ class TrainingCLI(LightningCLI):
         self.config_init[self.subcommand]["ckpt_path"] = None if chosen is None else str(chosen)
         if chosen is None:
             return {}
+        store.verify(chosen)
         metadata = store.read_metadata(chosen)
         self.model.restore_shape(metadata)
         return metadata
+
+    def _check_trainer(self) -> None:
+        """Refuse options of Lightning's trainer that would break the order of the data, or do nothing."""
+        given = self._get(self.config_init, "trainer")
+        refused = {
+            "gradient_clip_algorithm": ((None, "norm"), "gradients are clipped by their global norm"),
+            "limit_train_batches": ((None, 1.0), "the length of a run is trainer.max_steps"),
+            "overfit_batches": ((0.0,), "data.seed and trainer.max_steps decide what is seen"),
+            "use_distributed_sampler": ((False,), "the data modules share samples out themselves"),
+        }
+        for name, (allowed, reason) in refused.items():
+            if given[name] not in allowed:
+                raise InputError(f"trainer.{name}={given[name]} is not offered, since {reason}; leave it out")
+        if self.trainer.log_every_n_steps < 1:
+            raise InputError(f"trainer.log_every_n_steps={self.trainer.log_every_n_steps} must be at least 1")
 
     def _check_vocabulary(self) -> None:
         """The vocabulary is the data's; another one given to the model would be overridden without a word."""
         given, known = self.config[self.subcommand].get(VOCABULARY), self.datamodule.vocab_size
         if given not in (None, known):
             raise InputError(
-                f"model.architecture.vocab_size={given} is not the {known} of the data's tokenizer, where it comes from; "
+                f"model.architecture.vocab_size={given} is not the {known} of the data's tokenizer, its source; "
                 "leave it out"
             )
 
@@ -195,7 +214,7 @@ class TrainingCLI(LightningCLI):
             self.datamodule.prepare_data()
             self.datamodule.setup("fit" if self.subcommand == "fit" else "validate")
 
-    def _open_run(self, run_dir: Path, metadata: dict[str, Any]) -> None:
+    def _open_run(self, run_dir: Path, chosen: Path | None, metadata: dict[str, Any]) -> None:
         """Write the resolved configuration, take the logs back to the checkpoint, and start the loggers."""
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         text = parser.dump(config, skip_none=False, skip_link_targets=False)
@@ -203,8 +222,11 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero:
             run_dir.mkdir(parents=True, exist_ok=True)
             replace_file(run_dir / "config.yaml", text.encode())
-            if metadata:
+            if chosen is not None:
                 run_log.resume_at(metadata["step"], metadata["stage"])
+                _write_history(run_dir / "transitions.jsonl", metadata["transition_records"])
+                if chosen.parent.resolve() == (run_dir / "checkpoints").resolve():
+                    store.supersede_later(chosen)
         wandb_log = None
         if self.trainer.is_global_zero:
             settings = self._get(self.config_init, "wandb")
@@ -221,7 +243,6 @@ def run(arguments: Sequence[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     sys.argv = ["growmoe", *arguments]
-    os.environ.setdefault("PYTHONHASHSEED", "0")
     TrainingCLI(
         LanguageModel,
         TextDataModule,
@@ -234,3 +255,10 @@ def run(arguments: Sequence[str]) -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+
+
+def _write_history(path: Path, records: list[dict[str, Any]]) -> None:
+    """A run in a new directory begins with the transitions that its checkpoint has gone through."""
+    if not path.exists():
+        for record in records:
+            append_jsonl(path, record)

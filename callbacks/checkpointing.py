@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.cadence import finished_step
 from modules.config import require_positive
+from modules.errors import InputError
 from modules.language_model import LanguageModel
 
 
@@ -22,10 +23,17 @@ class Checkpointing(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 500, keep_last: int = 3) -> None:
-        require_positive(**{"checkpoint.every_n_steps": every_n_steps, "checkpoint.keep_last": keep_last})
+        require_positive(**{"checkpoint.every_n_steps": every_n_steps})
+        if keep_last < 2:
+            raise InputError(f"checkpoint.keep_last={keep_last} must be at least 2: the newest may prove to be damaged")
         self.every_n_steps = every_n_steps
-        self.keep_last = max(2, keep_last)
+        self.keep_last = keep_last
         self._kept: list[str] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Save the start of a fresh run, so that there is always something to continue from."""
+        if trainer.global_step == 0:
+            self._save_regular(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
@@ -34,9 +42,7 @@ class Checkpointing(Checkpoint):
         step = trainer.global_step
         last = step == trainer.max_steps or trainer.should_stop
         if finished_step(trainer) and (last or step % self.every_n_steps == 0):
-            path = self._save(trainer, f"step-{step:08d}")
-            self._kept.append(str(path))
-            self._prune(trainer)
+            self._save_regular(trainer)
 
     def before_transition(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Keep the last state of the smaller model for good."""
@@ -47,29 +53,42 @@ class Checkpointing(Checkpoint):
         self._save_boundary(trainer, pl_module.stage)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which regular checkpoints are there to be pruned."""
+        """The names of the regular checkpoints, oldest first, that may be pruned."""
         return {"kept": list(self._kept)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue pruning where the run stopped."""
         self._kept = list(state_dict["kept"])
 
+    def _save_regular(self, trainer: pl.Trainer) -> None:
+        """Save, and delete the oldest regular checkpoints once the new one is complete.
+
+        The name is noted first: a checkpoint knows of itself, and a run that continues from it may prune it.
+        """
+        name = f"step-{trainer.global_step:08d}"
+        self._kept = [*(kept for kept in self._kept if kept != name), name]
+        self._save(trainer, name)
+        self._prune(trainer)
+
     def _save_boundary(self, trainer: pl.Trainer, stage: int) -> None:
         with _as_at_batch_end(trainer):
             self._save(trainer, f"step-{trainer.global_step:08d}-stage-{stage}")
 
     def _save(self, trainer: pl.Trainer, name: str) -> Path:
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        path, again = folder / name, 2
-        while path.exists():  # a run that went back to an older checkpoint reaches this step once more
-            path, again = folder / f"{name}.{again}", again + 1
-        trainer.save_checkpoint(path)
+        path = _folder(trainer) / name
+        if not path.exists():  # it is there when the run was resumed from this very state
+            trainer.save_checkpoint(path)
         return path
 
     def _prune(self, trainer: pl.Trainer) -> None:
-        """Delete the oldest regular checkpoints, after the new one is complete."""
         while len(self._kept) > self.keep_last:
-            trainer.strategy.remove_checkpoint(self._kept.pop(0))
+            path = _folder(trainer) / self._kept.pop(0)
+            if path.exists():  # a run that continues another run's checkpoint has none of its files
+                trainer.strategy.remove_checkpoint(path)
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"
 
 
 @contextmanager

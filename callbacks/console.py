@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.cadence import is_log_step, tokens_seen
+from modules.config import require_positive
 from modules.functional.flops import count_parameters
 from modules.language_model import LanguageModel
 
@@ -21,6 +22,7 @@ class Console(TQDMProgressBar):
     """
 
     def __init__(self, every_n_logs: int = 1) -> None:
+        require_positive(**{"console.every_n_logs": every_n_logs})
         super().__init__(refresh_rate=1, leave=False)
         self.every_n_logs = every_n_logs
         self._bar_wanted = sys.stderr.isatty()

@@ -7,41 +7,44 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from callbacks.cadence import is_log_step, tokens_seen
+from callbacks.cadence import finished_step, is_log_step, tokens_seen
 from modules.jsonl import append_jsonl
 from modules.language_model import LanguageModel, log_metrics
 
 LOG_FILE = "expert_load.jsonl"
+_MEANS = {"balance_loss": "moe/balance_loss", "z_loss": "moe/z_loss", "router_entropy": "moe/entropy"}
+_WATCHED = ("expert_rows", *_MEANS)
 
 
 class ExpertLoad(pl.Callback):
-    """Logs `moe/*` over the tokens since the last log, and each layer's shares to `expert_load.jsonl`."""
+    """Logs `moe/*` of the steps that are logged, and each layer's shares to `expert_load.jsonl`."""
 
     def __init__(self) -> None:
         self.latest_metrics: dict[str, float] = {}
-        self._rows: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up routed rows on the device; log at the steps that are logged."""
+        """Add up on the device; log at the steps that are logged."""
         if "expert_rows" not in outputs:
             return
-        rows = outputs["expert_rows"]
-        self._rows = rows.clone() if self._rows is None else self._rows + rows
-        if not is_log_step(trainer):
-            return
-        load = expert_load_metrics(self._rows)
-        losses = {f"moe/{name}": outputs[name].item() for name in ("balance_loss", "z_loss")}
-        self.latest_metrics = load | losses | {"moe/entropy": outputs["router_entropy"].item()}
-        log_metrics(trainer, self.latest_metrics)
-        if trainer.is_global_zero:
-            self._write(trainer, pl_module, self._rows)
-        self._rows = None
+        for name in _WATCHED:
+            self._sums[name] = self._sums[name] + outputs[name] if self._micro_batches else outputs[name].clone()
+        self._micro_batches += 1
+        if is_log_step(trainer):
+            means = {metric: (self._sums[name] / self._micro_batches).item() for name, metric in _MEANS.items()}
+            self.latest_metrics = expert_load_metrics(self._sums["expert_rows"]) | means
+            log_metrics(trainer, self.latest_metrics)
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, self._sums["expert_rows"])
+        if finished_step(trainer):
+            self._micro_batches = 0
 
     def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: dict[str, Any]) -> None:
-        """The routers of the new network start their own count."""
-        self._rows, self.latest_metrics = None, {}
+        """What was seen is of the network before."""
+        self.latest_metrics = {}
 
     def _write(self, trainer: pl.Trainer, pl_module: LanguageModel, rows: Tensor) -> None:
         shares = (rows.double() / rows.sum(dim=1, keepdim=True)).tolist()

@@ -14,15 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from callbacks.cadence import starts_step, tokens_seen
 from modules.config import ModelConfig
 from modules.errors import InputError
-from modules.functional.flops import count_parameters
 from modules.functional.losses import linear_cross_entropy
 from modules.growth.transition import (
+    Grown,
     GrowthStage,
-    build_chain,
-    grown_factors,
-    grown_state,
-    is_exact,
-    materialize,
+    apply_stage,
+    check_drift,
+    describe_transition,
     network_source,
     target_config,
 )
@@ -32,9 +30,6 @@ from modules.layers.transformer import Transformer
 from modules.optim import continue_scheduler
 
 LOG_FILE = "transitions.jsonl"
-
-DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""What rounding may change of a logit in an exact transition, as a share of the largest logit (or of 1)."""
 
 
 class TransitionObserver(Protocol):
@@ -55,7 +50,7 @@ class Growth(pl.Callback):
     def __init__(self, stages: list[GrowthStage] | None = None) -> None:
         self.stages = list(stages or [])
 
-    def check(self, architecture: ModelConfig, max_steps: int, applied: list[str]) -> None:
+    def check(self, architecture: ModelConfig, max_steps: int, tokens_per_step: int, applied: list[str]) -> None:
         """Check the whole recipe before anything is written: every target, the order of triggers, what was applied.
 
         Raises:
@@ -66,17 +61,17 @@ class Growth(pl.Callback):
                 architecture = target_config(architecture, stage)
             except InputError as error:
                 raise InputError(f"growth stage {number + 1}: {error}") from None
-            if stage.at_step is not None and stage.at_step >= max_steps:
+        steps = [stage.due_step(tokens_per_step) for stage in self.stages]
+        for number, (stage, step) in enumerate(zip(self.stages, steps, strict=True), start=1):
+            if step >= max_steps:
                 raise InputError(
-                    f"growth stage {number + 1}: at_step={stage.at_step} is not below trainer.max_steps={max_steps}; "
+                    f"growth stage {number}: {stage.trigger} (step {step}) is not below trainer.max_steps={max_steps}; "
                     "move the stage or train longer"
                 )
-        for name in ("at_step", "at_tokens"):
-            points = [getattr(stage, name) for stage in self.stages if getattr(stage, name) is not None]
-            if points != sorted(set(points)):
-                raise InputError(
-                    f"growth stages have {name} {points}; stages must come in order, each later than the last"
-                )
+        if steps != sorted(set(steps)):
+            raise InputError(
+                f"growth stages are due at the steps {steps}; stages must come in order, each later than the last"
+            )
         planned = [stage.identity for stage in self.stages[: len(applied)]]
         if planned != applied:
             raise InputError(
@@ -116,8 +111,8 @@ class Growth(pl.Callback):
             **record,
             "seconds": round(time.perf_counter() - started, 3),
             "stage": pl_module.stage,
-            "id": stage.identity,
         }
+        pl_module.transition_records.append(record)
         if trainer.is_global_zero:
             append_jsonl(Path(trainer.default_root_dir) / LOG_FILE, record)
         for observer in _observers(trainer, "on_transition"):
@@ -138,33 +133,14 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
     held = trainer.strategy.batch_to_device(trainer.datamodule.held_batch())
     before = _Probe(pl_module, held)
     source = network_source(old, _named_optimizer_state(trainer, old), pl_module.factors)
-    grown, kinds, methods = build_chain(source, stage)
-    new = materialize(grown, pl_module.device)
-    mapped = stage.optimizer_state == "mapped"
-    state = grown_state(grown, new) if mapped else {}
-    pl_module.set_network(new, grown_factors(grown, new) if mapped else {}, stage.identity)
-    _exchange_optimizer(trainer, new, state)
+    grown = apply_stage(source, stage, pl_module.device)
+    pl_module.set_network(grown.network, grown.factors, stage.identity)
+    _exchange_optimizer(trainer, grown)
     after = _Probe(pl_module, held)
-    drift, limit = before.drift(after), before.tolerance()
-    if is_exact(new.config, methods) and not drift <= limit:
-        raise RuntimeError(
-            f"transition {kinds} at step {trainer.global_step} changed a logit by {drift:.3g}, and {methods} is exact "
-            f"up to {limit:.3g}; the run stops before it trains on: this is a defect, please report it"
-        )
-    count = count_parameters(new.config)
-    return {
-        "kind": kinds[0] if len(kinds) == 1 else kinds,
-        "method": methods[0] if len(methods) == 1 else methods,
-        "source": old.config.to_dict(),
-        "target": new.config.to_dict(),
-        "loss_before": before.loss,
-        "loss_after": after.loss,
-        "max_logit_drift": drift,
-        "exact": is_exact(new.config, methods),
-        "optimizer_state": stage.optimizer_state,
-        "params_total": count.total,
-        "params_active": count.active,
-    }
+    drift = before.drift(after)
+    check_drift(grown, drift, before.largest)
+    losses = {"loss_before": before.loss, "loss_after": after.loss}
+    return describe_transition(old.config, grown, stage, drift) | losses
 
 
 class _Probe:
@@ -184,7 +160,7 @@ class _Probe:
         targets_T = held["tokens"][:, 1:].flatten()
         total, _ = linear_cross_entropy(self.hidden_TD, network.head_weight, targets_T, pl_module.loss_chunk_rows)
         self.loss = (total / len(targets_T)).item()
-        self._largest = max(logits.abs().max().item() for logits in self._logits())
+        self.largest = max(logits.abs().max().item() for logits in self._logits())
 
     @torch.no_grad()
     def drift(self, other: "_Probe") -> float:
@@ -192,10 +168,6 @@ class _Probe:
         pairs = zip(self._logits(), other._logits(), strict=True)
         largest = max((first - second).abs().max().item() for first, second in pairs)
         return largest if largest == largest else float("inf")
-
-    def tolerance(self) -> float:
-        """The drift that rounding explains."""
-        return DRIFT_TOLERANCE[self.hidden_TD.dtype] * max(1.0, self._largest)
 
     def _logits(self) -> Iterator[Tensor]:
         for rows in self.hidden_TD.split(1024):
@@ -207,14 +179,14 @@ def _named_optimizer_state(trainer: pl.Trainer, network: Transformer) -> dict[st
     return {name: state[parameter] for name, parameter in network.named_parameters() if parameter in state}
 
 
-def _exchange_optimizer(trainer: pl.Trainer, network: Transformer, state: dict[str, dict[str, Tensor]]) -> None:
+def _exchange_optimizer(trainer: pl.Trainer, grown: Grown) -> None:
     """New optimizer and schedule through Lightning, then the carried state and the position in the schedule."""
     trainer.strategy.setup_optimizers(trainer)
     trainer.strategy.setup_precision_plugin()
     optimizer = trainer.optimizers[0]
-    for name, parameter in network.named_parameters():
-        if name in state:
-            optimizer.state[parameter] = state[name]
+    for name, parameter in grown.network.named_parameters():
+        if name in grown.state:
+            optimizer.state[parameter] = grown.state[name]
     scheduler = trainer.lr_scheduler_configs[0].scheduler
     assert isinstance(scheduler, LambdaLR)
     continue_scheduler(scheduler, trainer.global_step)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.cadence import finished_step, tokens_seen
 from callbacks.eval_tasks import Suite, choose_suite, load_suite, load_tasks, preserved_random_state
+from modules.config import require_positive
 from modules.errors import InputError
 from modules.files import replace_file
 from modules.language_model import LanguageModel, log_metrics
@@ -55,6 +56,7 @@ class LMEvaluation(pl.Callback):
             )
         if limit is not None and not limit > 0:
             raise InputError(f"limit={limit} must be above 0 documents; leave it out to evaluate all")
+        require_positive(**{"evaluation.max_batch_tokens": max_batch_tokens})
         self.suite: Suite | None = None
         if suite is not None or tasks is not None:
             self.suite = load_suite(suite) if suite is not None else choose_suite(tasks or [])
@@ -111,7 +113,7 @@ class LMEvaluation(pl.Callback):
     ) -> None:
         """Evaluate behind every n-th optimizer step, never inside an accumulation."""
         is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if is_due and finished_step(trainer):
+        if is_due and finished_step(trainer) and not trainer.should_stop:
             self.evaluate_now(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:

@@ -30,9 +30,10 @@ class StopOnSignal(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ask the trainer to stop; the checkpoint callback, which comes later, saves."""
+        """Ask the trainer to stop; the checkpoint callback, which comes later, saves first."""
         if self.received is not None and finished_step(trainer):
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate before it stops, and a grace period is short
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Give the signals back."""

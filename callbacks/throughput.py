@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from callbacks.cadence import is_log_step, starts_step
+from modules.config import require_positive
 from modules.functional.flops import training_flops_per_token
 from modules.language_model import LanguageModel, log_metrics
 
@@ -29,6 +30,8 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self, peak_flops: float | None = None) -> None:
+        if peak_flops is not None:
+            require_positive(**{"throughput.peak_flops": float(peak_flops)})
         self.peak_flops = peak_flops
         self.latest_metrics: dict[str, float] = {}
         self._starts: deque[float] = deque(maxlen=WINDOW + 1)

@@ -9,11 +9,9 @@ The manifest says what must be there, so that a missing, truncated or exchanged 
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from modules.errors import InputError
 
@@ -101,20 +99,3 @@ def hash_file(path: Path) -> str:
     """The sha256 of a file, as hexadecimal text."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Makes a written file, or the entries of a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file aside, makes it durable, and renames it into place."""
-    aside = path.with_name(f"{path.name}.tmp-{uuid4().hex}")
-    aside.write_text(text, encoding="utf-8")
-    fsync_path(aside)
-    aside.replace(path)

@@ -26,14 +26,13 @@ from datamodules.manifest import (
     FileInfo,
     Manifest,
     SplitInfo,
-    fsync_path,
     hash_file,
-    write_text,
 )
 from datamodules.order import hash_fraction
 from datamodules.shards import TOKENS_COLUMN, TokenStream
 from datamodules.tokenizer import Tokenizer, tokenizer_threads
 from modules.errors import InputError
+from modules.files import replace_file, sync_directory, sync_file
 
 _TEXT_COLUMN = "text"
 _SPOOL = ".spool"
@@ -147,16 +146,16 @@ class ShardWriter:
             corpora[name] = CorpusInfo(language, splits, dropped)
         manifest = Manifest(tokenizer.sha256, tokenizer.vocab_size, dtype, corpora, extra or {})
         shutil.rmtree(self._aside / _SPOOL)
-        write_text(self._aside / TOKENIZER, tokenizer.to_json())
-        write_text(self._aside / MANIFEST, manifest.to_json())
+        replace_file(self._aside / TOKENIZER, tokenizer.to_json().encode())
+        replace_file(self._aside / MANIFEST, manifest.to_json().encode())
         for folder, _, files in os.walk(self._aside):
             for file in files:
-                fsync_path(Path(folder, file))
-            fsync_path(Path(folder))
+                sync_file(Path(folder, file))
+            sync_directory(Path(folder))
         if self.output.exists():
             raise InputError(f"output {self.output} was made by something else meanwhile; choose another folder")
         self._aside.rename(self.output)
-        fsync_path(self.output.parent)
+        sync_directory(self.output.parent)
         return manifest
 
     def _spool_path(self, name: str, split: str) -> Path:

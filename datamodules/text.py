@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, default_collate
 
@@ -153,10 +154,11 @@ class TextDataModule(LightningDataModule):
             raise InputError("trainer.max_steps=-1 gives the run no end; set trainer.max_steps to the steps to train")
         assert self._train is not None, "setup('fit') comes first"
         rank, world = self._place_in_world()
+        steps_to_go = self.trainer.max_steps - self.trainer.global_step
         sampler = GlobalBatchSampler(
             first_sample=self._resumed_samples,
             first_batch=self._resumed_batches,
-            num_batches=self.trainer.max_steps * self.trainer.accumulate_grad_batches,
+            num_batches=self._resumed_batches + steps_to_go * self.trainer.accumulate_grad_batches,
             batch_size=self.batch_size,
             rank=rank,
             world=world,
@@ -246,15 +248,31 @@ class TextDataModule(LightningDataModule):
         Raises:
             InputError: if the data are not those of the checkpoint, unless `allow_data_change` is set.
         """
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_tokenizer_of(state_dict["description"])
+            return  # a checkpoint may be measured on any data in its tokens
         if state_dict["fingerprint"] != self.fingerprint and not self.allow_data_change:
             changes = _difference(state_dict["description"], self.description)
             raise InputError(
                 f"the data are not those of the checkpoint: {changes}; restore them, or set data.allow_data_change=true"
             )
-        self._resumed_samples = int(state_dict["consumed_samples"])
-        self._resumed_batches = int(state_dict["finished_batches"])
+        finished = int(state_dict["finished_batches"])
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        if finished % accumulate:
+            raise InputError(
+                f"trainer.accumulate_grad_batches={accumulate} does not divide the checkpoint's {finished} batches, "
+                "so that a step would begin in the middle; keep the former value, or one that divides"
+            )
+        self._resumed_samples, self._resumed_batches = int(state_dict["consumed_samples"]), finished
 
     # Inside
+
+    def _check_tokenizer_of(self, description: dict[str, Any]) -> None:
+        if description["tokenizer"] != self.description["tokenizer"]:
+            raise InputError(
+                f"the data's tokenizer ({self.description['tokenizer'][:12]}) is not the checkpoint's "
+                f"({description['tokenizer'][:12]}), so ids mean other texts; prepare the data with the checkpoint's"
+            )
 
     @cached_property
     def _format(self) -> WindowFormat:

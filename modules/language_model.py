@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from modules.config import CHECKPOINT_KEY, ModelConfig
 from modules.errors import InputError
@@ -22,6 +23,7 @@ from modules.metrics import BitsPerByte
 from modules.optim import (
     OptimizerConfig,
     ParameterFactors,
+    apply_settings,
     build_optimizer,
     build_scheduler,
     clip_gradients,
@@ -54,6 +56,7 @@ class LanguageModel(pl.LightningModule):
         self.architecture = architecture
         self.stage = 0
         self.applied_transitions: list[str] = []
+        self.transition_records: list[dict[str, Any]] = []
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.loss_chunk_rows = loss_chunk_rows
@@ -98,6 +101,7 @@ class LanguageModel(pl.LightningModule):
         self.architecture = ModelConfig.from_dict(record["architecture"])
         self.stage = record["stage"]
         self.applied_transitions = list(record["applied_transitions"])
+        self.transition_records = list(record["transition_records"])
         self.factors = {name: ParameterFactors(*values) for name, values in record["factors"].items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -108,6 +112,7 @@ class LanguageModel(pl.LightningModule):
             "architecture": self.architecture.to_dict(),
             "stage": self.stage,
             "applied_transitions": list(self.applied_transitions),
+            "transition_records": list(self.transition_records),
             "factors": factor_record(self.factors),
             "optimizer": asdict(self.optimizer_config),
             "schedule": asdict(self.schedule_config),
@@ -129,6 +134,13 @@ class LanguageModel(pl.LightningModule):
         optimizer = build_optimizer(self._net, self.optimizer_config, self.factors)
         scheduler = build_scheduler(optimizer, self.schedule_config, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A resumed run follows the optimizer settings of its configuration, also where they have changed."""
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(scheduler, LambdaLR)
+        wanted = build_optimizer(self._net, self.optimizer_config, self.factors)
+        apply_settings(self.trainer.optimizers[0], scheduler, wanted)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Language-model loss plus the weighted routing losses; the parts are returned for those who watch."""

@@ -93,6 +93,19 @@ def continue_scheduler(scheduler: LambdaLR, finished_steps: int) -> None:
     scheduler._last_lr = rates
 
 
+def apply_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, wanted: torch.optim.Optimizer) -> None:
+    """Give a restored optimizer the settings of one built from the configuration; its state stays.
+
+    Loading a state dict also brings back the settings that it was saved with: without this, new ones would be passed
+    over in silence.
+    """
+    for group, setting in zip(optimizer.param_groups, wanted.param_groups, strict=True):
+        group.update({key: setting[key] for key in ("weight_decay", "eps", "betas")})
+        group["initial_lr"] = setting["lr"]
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    continue_scheduler(scheduler, scheduler.last_epoch)
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients so that their global norm is at most `max_norm` (None: leave them); returns the norm before."""
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]

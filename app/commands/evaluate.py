@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.commands.generate import choose_device
+from app.device import choose_device
 from modules.errors import InputError
 
 if TYPE_CHECKING:

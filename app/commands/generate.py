@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modules.errors import InputError
+from app.device import choose_device
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -76,17 +76,3 @@ def stream_text(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -
         if len(whole) > num_shown:
             yield whole[num_shown:]
             num_shown = len(whole)
-
-
-def choose_device(name: str) -> "torch.device":
-    """The torch device of that name; `auto` is a GPU if there is one. Raises InputError for one that is not here."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, depending on what is missing
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device={name!r} cannot be used here ({reason}); use cpu, or leave it out") from None
-    return torch.device(name)

@@ -18,12 +18,11 @@ from modules.functional.flops import count_parameters
 from modules.functional.schedule import ScheduleConfig
 from modules.growth.operation import seeded_generator
 from modules.growth.transition import (
+    Grown,
     GrowthStage,
-    build_chain,
-    grown_factors,
-    grown_state,
-    is_exact,
-    materialize,
+    apply_stage,
+    check_drift,
+    describe_transition,
     network_source,
 )
 from modules.layers.transformer import Transformer
@@ -37,8 +36,6 @@ from modules.optim import (
 )
 
 PREFIX = "network."
-EXACT_DRIFT = 1e-4
-"""What rounding may change of a logit, relative to the largest (float32 weights)."""
 
 
 def grow(checkpoint: Path, *, config: Path, output: Path, stage: int | None = None) -> None:
@@ -62,11 +59,10 @@ def grow(checkpoint: Path, *, config: Path, output: Path, stage: int | None = No
             f"stage={number} is not in {config}: it has {len(stages)} stages, and the checkpoint has gone through "
             f"{len(metadata['applied_transitions'])}; choose another stage or checkpoint"
         )
-    started = time.perf_counter()
     state, tokenizer_json = load_state(checkpoint), (checkpoint / TOKENIZER).read_text(encoding="utf-8")
-    outcome = grow_state(state, metadata, stages[number - 1])
+    transition = grow_state(state, metadata, stages[number - 1])
     write_checkpoint(output, state, tokenizer_json, {**metadata, **state[CHECKPOINT_KEY]})
-    sys.stdout.write(f"{outcome}, {time.perf_counter() - started:.1f} s\n{output}\n")
+    sys.stdout.write(f"{_describe(transition)}\n{output}\n")
 
 
 def read_recipe(path: Path) -> list[GrowthStage]:
@@ -79,7 +75,10 @@ def read_recipe(path: Path) -> list[GrowthStage]:
         raise InputError(
             f"config={path} is not a file; give the YAML of a growth recipe, such as configs/growth/demo.yaml"
         )
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config={path} is not YAML: {error}; correct it") from None
     recipe = content.get("growth") if isinstance(content, dict) else None
     if not isinstance(recipe, dict) or not recipe.get("stages"):
         raise InputError(f"config={path} holds no stages; a recipe is a list under growth.stages")
@@ -88,47 +87,66 @@ def read_recipe(path: Path) -> list[GrowthStage]:
     return list(parser.instantiate_classes(parser.parse_object({"stages": recipe["stages"]})).stages)
 
 
-def grow_state(state: dict[str, Any], metadata: Mapping[str, Any], stage: GrowthStage) -> str:
-    """Grow Lightning's checkpoint dictionary in place by one stage; returns what was done, in words.
+def grow_state(state: dict[str, Any], metadata: Mapping[str, Any], stage: GrowthStage) -> dict[str, Any]:
+    """Grow Lightning's checkpoint dictionary in place by one stage; returns the record of the transition.
 
     Raises:
         InputError: the stage does not fit the model.
         RuntimeError: an exact method changed logits by more than rounding.
     """
+    started = time.perf_counter()
     record = state[CHECKPOINT_KEY]
     factors = {name: ParameterFactors(*values) for name, values in record["factors"].items()}
-    settings, schedule = OptimizerConfig(**record["optimizer"]), ScheduleConfig(**record["schedule"])
     old = _network(ModelConfig.from_dict(record["architecture"]), state["state_dict"])
-    optimizer = build_optimizer(old, settings, factors)
+    optimizer = build_optimizer(old, OptimizerConfig(**record["optimizer"]), factors)
     optimizer.load_state_dict(state["optimizer_states"][0])
     named = {name: optimizer.state[p] for name, p in old.named_parameters() if p in optimizer.state}
-    grown, kinds, methods = build_chain(network_source(old, named, factors), stage)
-    new = materialize(grown, "cpu")
-    drift = _drift(old, new)
-    if is_exact(new.config, methods) and not drift <= EXACT_DRIFT:
-        raise RuntimeError(f"{methods} changed a logit by {drift:.3g} of the largest, and is exact up to {EXACT_DRIFT}")
-    mapped = stage.optimizer_state == "mapped"
-    new_factors = grown_factors(grown, new) if mapped else {}
-    new_optimizer = build_optimizer(new, settings, new_factors)
-    scheduler = build_scheduler(new_optimizer, schedule, record["total_steps"])
-    carried = grown_state(grown, new) if mapped else {}
-    new_optimizer.state.update({p: carried[name] for name, p in new.named_parameters() if name in carried})
-    continue_scheduler(scheduler, metadata["step"])
+    grown = apply_stage(network_source(old, named, factors), stage, "cpu")
+    drift, largest = _drift(old, grown.network)
+    check_drift(grown, drift, largest)
     applied = [*record["applied_transitions"], stage.identity]
-    state["state_dict"] = {PREFIX + name: weight for name, weight in new.state_dict().items()}
-    state["optimizer_states"], state["lr_schedulers"] = [new_optimizer.state_dict()], [scheduler.state_dict()]
+    transition = {
+        "step": metadata["step"],
+        "tokens": metadata["tokens"],
+        **describe_transition(old.config, grown, stage, drift),
+        "loss_before": None,  # there is no text here to measure it on
+        "loss_after": None,
+        "seconds": round(time.perf_counter() - started, 3),
+        "stage": len(applied),
+    }
+    state["state_dict"] = {PREFIX + name: weight for name, weight in grown.network.state_dict().items()}
+    state["optimizer_states"], state["lr_schedulers"] = _optimizer_states(grown, record, metadata["step"])
     state[CHECKPOINT_KEY] = {
         **record,
-        "architecture": new.config.to_dict(),
+        "architecture": grown.network.config.to_dict(),
         "stage": len(applied),
         "applied_transitions": applied,
-        "factors": factor_record(new_factors),
+        "transition_records": [*record["transition_records"], transition],
+        "factors": factor_record(grown.factors),
     }
-    before, after = (count_parameters(network.config).total / 1e6 for network in (old, new))
-    exact = "" if is_exact(new.config, methods) else " (the method is not exact)"
+    return transition
+
+
+def _optimizer_states(
+    grown: Grown, record: Mapping[str, Any], step: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """State dictionaries of the grown network's optimizer and schedule, at `step`."""
+    optimizer = build_optimizer(grown.network, OptimizerConfig(**record["optimizer"]), grown.factors)
+    scheduler = build_scheduler(optimizer, ScheduleConfig(**record["schedule"]), record["total_steps"])
+    optimizer.state.update(
+        {parameter: grown.state[name] for name, parameter in grown.network.named_parameters() if name in grown.state}
+    )
+    continue_scheduler(scheduler, step)
+    return [optimizer.state_dict()], [scheduler.state_dict()]
+
+
+def _describe(transition: Mapping[str, Any]) -> str:
+    kinds, methods = (" + ".join(v) if isinstance(v, list) else v for v in (transition["kind"], transition["method"]))
+    before = count_parameters(ModelConfig.from_dict(transition["source"])).total
+    exact = "" if transition["exact"] else " (the method is not exact)"
     return (
-        f"{' + '.join(kinds)} by {' + '.join(methods)}: {before:.2f}M to {after:.2f}M parameters, "
-        f"largest change of a logit {drift:.2g} of the largest logit{exact}"
+        f"{kinds} by {methods}: {before / 1e6:.2f}M to {transition['params_total'] / 1e6:.2f}M parameters, "
+        f"largest change of a logit {transition['max_logit_drift']:.2g}{exact}, {transition['seconds']:.1f} s"
     )
 
 
@@ -140,9 +158,9 @@ def _network(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> Transform
 
 
 @torch.no_grad()
-def _drift(old: Transformer, new: Transformer) -> float:
-    """The largest change of a logit on random tokens, relative to the largest logit."""
+def _drift(old: Transformer, new: Transformer) -> tuple[float, float]:
+    """The largest change of a logit on random tokens, and the largest logit."""
     length = min(64, old.config.max_seq_len)
     tokens_BL = torch.randint(old.config.vocab_size, (4, length), generator=seeded_generator(0, "drift"))
     before, after = (network.logits(network(tokens_BL)[0]) for network in (old, new))
-    return ((before - after).abs().max() / before.abs().max()).item()
+    return (before - after).abs().max().item(), before.abs().max().item()

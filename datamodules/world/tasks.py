@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from datamodules.manifest import write_text
 from datamodules.order import derive_key
 from datamodules.world.arithmetic import Problem, all_combinations, ask_problem, draw_problem
 from datamodules.world.biographies import ATTRIBUTES, LANGUAGES, Attribute, Person, ask_fact
 from datamodules.world.generator import WorldConfig
+from modules.files import replace_file
 
 NUM_CHOICES = 4
 _MAX_FACTS = 2000
@@ -132,4 +132,4 @@ def _write_yaml(path: Path, content: dict[str, Any]) -> None:
 def _write_if_new(path: Path, text: str) -> None:
     # lm-eval's copy of the data is bound to the file's time, so an equal file is left alone
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+        replace_file(path, text.encode())

@@ -3,6 +3,7 @@
 The same code serves a transition inside a run and `growmoe grow` on a checkpoint.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 
 from modules.config import ModelConfig, MoEConfig, require_positive
 from modules.errors import InputError
+from modules.functional.flops import count_parameters
 from modules.growth.depth import Deepen
 from modules.growth.operation import Moments, ParameterSource, TensorSource
 from modules.growth.upcycle import Upcycle
 from modules.growth.width import Widen
 from modules.layers.transformer import Transformer
 from modules.optim import ParameterFactors
+
+DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""What rounding may change of a logit in an exact transition, as a share of the largest logit (or of 1)."""
 
 OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq")
 """AdamW's names for the first and the second moment."""
@@ -76,16 +81,26 @@ class GrowthStage:
                 "remove one or give one"
             )
         require_positive(**{"growth stage at_step or at_tokens": self.at_step or self.at_tokens or 0})
-        if not self.split_noise >= 0:
-            raise InputError(f"split_noise={self.split_noise} must be at least 0; 0.05 is usual")
+        if not 0 <= self.split_noise < math.inf:
+            raise InputError(f"split_noise={self.split_noise} must be a finite number of at least 0; 0.1 is usual")
+        if not 0 <= self.router_std < math.inf:
+            raise InputError(f"router_std={self.router_std} must be a finite number of at least 0; 0.02 is usual")
         if not 0 < self.drop_ratio <= 1:
             raise InputError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; 0.5 is usual")
 
     @property
+    def trigger(self) -> str:
+        """When it happens, in words."""
+        return f"at_step={self.at_step}" if self.at_step is not None else f"at_tokens={self.at_tokens}"
+
+    def due_step(self, tokens_per_step: int) -> int:
+        """The optimizer step after which it is due, in a run that begins with steps of this size."""
+        return self.at_step if self.at_step is not None else math.ceil((self.at_tokens or 0) / tokens_per_step)
+
+    @property
     def identity(self) -> str:
         """Names the transition in checkpoints, so that it is applied once."""
-        trigger = f"step {self.at_step}" if self.at_step is not None else f"{self.at_tokens} tokens"
-        return f"{trigger}: {_describe(self.target)}"
+        return _describe(self)
 
 
 def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterSource, list[str], list[str]]:
@@ -117,20 +132,72 @@ def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterS
         kinds.append("upcycle")
         methods.append(stage.upcycle)
     if not kinds:
-        raise InputError(f"growth stage at {stage.identity} changes nothing; give it a larger target or remove it")
+        raise InputError(f"growth stage {stage.trigger} changes nothing; give it a larger target or remove it")
     return grown, kinds, methods
-
-
-def is_exact(target: ModelConfig, methods: list[str]) -> bool:
-    """True when the grown model computes the same function, up to rounding."""
-    renormalized = target.moe is None or target.moe.renormalize
-    return "drop" not in methods and ("copy" not in methods or renormalized)
 
 
 def target_config(source: ModelConfig, stage: GrowthStage) -> ModelConfig:
     """The architecture after a stage, without touching weights; raises `InputError` as `build_chain` does."""
     nothing: Any = None  # an operation's shape is known before anything is read
     return build_chain(TensorSource(source, nothing, nothing, nothing), stage)[0].config
+
+
+@dataclass(frozen=True)
+class Grown:
+    """The other side of a transition: the network, its factors, its Adam state by name, and how it came about."""
+
+    network: Transformer
+    factors: dict[str, ParameterFactors]
+    state: dict[str, dict[str, Tensor]]
+    kinds: list[str]
+    methods: list[str]
+
+    @property
+    def is_exact(self) -> bool:
+        """True when the grown model computes the same function, up to rounding."""
+        moe = self.network.config.moe
+        return "drop" not in self.methods and ("copy" not in self.methods or moe is None or moe.renormalize)
+
+
+def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.device | str) -> Grown:
+    """Grow by one stage: weights always, factors and Adam state where they are mapped."""
+    chain, kinds, methods = build_chain(source, stage)
+    network = materialize(chain, device)
+    if stage.optimizer_state == "reset":
+        return Grown(network, {}, {}, kinds, methods)
+    return Grown(network, grown_factors(chain, network), grown_state(chain, network), kinds, methods)
+
+
+def describe_transition(source: ModelConfig, grown: Grown, stage: GrowthStage, drift: float) -> dict[str, Any]:
+    """What is on record of a transition, wherever it happened: sizes, methods, and the largest change of a logit."""
+    count = count_parameters(grown.network.config)
+    return {
+        "kind": grown.kinds[0] if len(grown.kinds) == 1 else grown.kinds,
+        "method": grown.methods[0] if len(grown.methods) == 1 else grown.methods,
+        "source": source.to_dict(),
+        "target": grown.network.config.to_dict(),
+        "max_logit_drift": drift,
+        "exact": grown.is_exact,
+        "optimizer_state": stage.optimizer_state,
+        "params_total": count.total,
+        "params_active": count.active,
+        "id": stage.identity,
+    }
+
+
+def check_drift(grown: Grown, drift: float, largest: float) -> None:
+    """Raise RuntimeError when methods that keep the function changed a logit by more than rounding.
+
+    Args:
+        drift: the largest change of a logit.
+        largest: the largest logit before.
+    """
+    limit = DRIFT_TOLERANCE[grown.network.embedding.weight.dtype] * max(1.0, largest)
+    if grown.is_exact and not drift <= limit:
+        raise RuntimeError(
+            f"{' + '.join(grown.methods)} changed a logit by {drift:.3g} and keeps the function up to {limit:.3g}; "
+            "nothing is trained or written with the grown model: this is a defect, please report it"
+        )
 
 
 def network_source(

@@ -41,7 +41,7 @@ def test_any_checkpoint_repeats_the_run_bit_for_bit(grown_run: Path, world: Path
     want = runs.losses(grown_run)
     checkpoints = list_checkpoints(grown_run / "checkpoints")
     boundaries = {f"step-{step:08d}-stage-{stage}" for step, stage in ((6, 0), (6, 1), (12, 1), (12, 2))}
-    chosen = boundaries | {"step-00000003", "step-00000015"}
+    chosen = boundaries | {"step-00000000", "step-00000003", "step-00000015"}
     assert chosen | {"step-00000016"} <= {path.name for path in checkpoints}
     for path in (path for path in checkpoints if path.name in chosen):
         step = read_metadata(path)["step"]

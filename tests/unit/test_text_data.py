@@ -49,7 +49,13 @@ def _attach(data: BilingualText, *, rank: int = 0, world: int = 1, steps: int = 
     total = SimpleNamespace(processed=data._resumed_batches)
     progress = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
     data.trainer = SimpleNamespace(
-        global_rank=rank, world_size=world, max_steps=steps, accumulate_grad_batches=accumulate, fit_loop=progress
+        global_rank=rank,
+        world_size=world,
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        global_step=data._resumed_batches // accumulate,
+        fit_loop=progress,
+        state=SimpleNamespace(fn=None),
     )
     return total
 
@@ -186,11 +192,11 @@ def test_consumed_samples_add_up_over_resumed_parts_of_another_size(root: Path) 
 
 def test_the_length_is_that_of_the_whole_run(root: Path) -> None:
     data = _module(root)
-    data.load_state_dict({**data.state_dict(), "consumed_samples": 12, "finished_batches": 3})
+    data.load_state_dict({**data.state_dict(), "consumed_samples": 16, "finished_batches": 4})
     _attach(data, steps=10, accumulate=2)
     loader = data.train_dataloader()
     assert len(loader) == 20
-    assert len(list(loader)) == 17
+    assert len(list(loader)) == 16
 
 
 def test_sampler_indices() -> None:
