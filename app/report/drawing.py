@@ -221,7 +221,7 @@ def _mark_transitions(data: RunData, panels: "list[Axes]") -> None:
 
 def _label_width(label: str) -> float:
     """About how much of a panel's width a label takes."""
-    return (4.6 * len(label) + 6) / (72 * WIDTH * 0.88)
+    return (5.4 * len(label) + 6) / (72 * WIDTH * 0.88)
 
 
 def _label_rows(places: list[float], labels: list[str]) -> list[int]:
