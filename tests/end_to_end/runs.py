@@ -75,7 +75,7 @@ def metrics(run_dir: Path) -> dict[int, dict[str, str]]:
 
 def losses(run_dir: Path) -> dict[int, str]:
     """Training losses by step."""
-    return {step: row["train/loss"] for step, row in metrics(run_dir).items() if row["train/loss"]}
+    return {step: row["train/loss"] for step, row in metrics(run_dir).items() if row.get("train/loss")}
 
 
 def transitions(run_dir: Path) -> list[dict[str, Any]]:
