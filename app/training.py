@@ -84,6 +84,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with our callbacks in their order; loggers join once every check has passed."""
+        self._check_trainer()
         parts = {key: self._get(self.config_init, key) for key in CONFIGURABLE}
         self.growth: Growth = parts["growth"]
         self.stopper = StopOnSignal()
@@ -100,6 +101,9 @@ class TrainingCLI(LightningCLI):
             parts["console"],
             parts["checkpoint"],
         ]
+        if settings["enable_progress_bar"] is False:
+            parts["console"].hide_bar()
+            settings["enable_progress_bar"] = None  # Lightning refuses any console beside False
         ours = training if self.subcommand == "fit" else [parts["console"]]
         settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
         settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
@@ -117,7 +121,6 @@ class TrainingCLI(LightningCLI):
         max_steps = self.trainer.max_steps
         if max_steps < 1:
             raise InputError(f"trainer.max_steps={max_steps} gives the run no end; set trainer.max_steps to at least 1")
-        self._check_trainer()
         self.model.schedule_config.check_total(max_steps)
         chosen, damaged = choose_checkpoint(run_dir, self._get(self.config_init, "ckpt_path"))
         metadata = self._restore_shape(chosen)
@@ -184,13 +187,15 @@ class TrainingCLI(LightningCLI):
             "gradient_clip_algorithm": ((None, "norm"), "gradients are clipped by their global norm"),
             "limit_train_batches": ((None, 1.0), "the length of a run is trainer.max_steps"),
             "overfit_batches": ((0.0,), "data.seed and trainer.max_steps decide what is seen"),
+            "enable_checkpointing": ((None, True), "a run must be able to resume (see checkpoint.every_n_steps)"),
+            "fast_dev_run": ((False, 0), "a short run is trainer.max_steps"),
             "use_distributed_sampler": ((False,), "the data modules share samples out themselves"),
         }
         for name, (allowed, reason) in refused.items():
             if given[name] not in allowed:
                 raise InputError(f"trainer.{name}={given[name]} is not offered, since {reason}; leave it out")
-        if self.trainer.log_every_n_steps < 1:
-            raise InputError(f"trainer.log_every_n_steps={self.trainer.log_every_n_steps} must be at least 1")
+        if given["log_every_n_steps"] < 1:
+            raise InputError(f"trainer.log_every_n_steps={given['log_every_n_steps']} must be at least 1")
 
     def _check_vocabulary(self) -> None:
         """The vocabulary is the data's; another one given to the model would be overridden without a word."""

@@ -29,6 +29,11 @@ class Console(TQDMProgressBar):
         if not self._bar_wanted:
             self.disable()
 
+    def hide_bar(self) -> None:
+        """Lines only, also on a terminal."""
+        self._bar_wanted = False
+        self.disable()
+
     @property
     def total_train_batches(self) -> int:
         """The whole run is one epoch."""
