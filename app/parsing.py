@@ -45,12 +45,14 @@ class OneLineParser(ArgumentParser):
 def _nested_names() -> Iterator[str]:
     """Names inside the classes of model, data and growth, which are no options of a parser itself."""
     from datamodules import BilingualText, SyntheticWorld, TextDataModule
-    from modules.config import ModelConfig, MoEConfig
+    from modules.config import ModelConfig
     from modules.functional.schedule import ScheduleConfig
     from modules.growth.transition import GrowthStage, GrowthTarget
+    from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
     from modules.optim import OptimizerConfig
 
-    for config in (ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig, GrowthStage, GrowthTarget):
+    shapes = (ModelConfig, MoEConfig, RouterConfig, CapacityConfig)
+    for config in (*shapes, OptimizerConfig, ScheduleConfig, GrowthStage, GrowthTarget):
         yield from (field.name for field in fields(config))
     for data in (TextDataModule, BilingualText, SyntheticWorld):
         yield from inspect.signature(data).parameters

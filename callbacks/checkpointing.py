@@ -9,8 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.cadence import finished_step
-from modules.config import require_positive
-from modules.errors import InputError
+from modules.errors import InputError, require_positive
 from modules.language_model import LanguageModel
 
 

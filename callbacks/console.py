@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.cadence import is_log_step, tokens_seen
-from modules.config import require_positive
+from modules.errors import require_positive
 from modules.functional.flops import count_parameters
 from modules.language_model import LanguageModel
 

@@ -11,8 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.cadence import finished_step, tokens_seen
 from callbacks.eval_tasks import Suite, choose_suite, load_suite, load_tasks, preserved_random_state
-from modules.config import require_positive
-from modules.errors import InputError
+from modules.errors import InputError, require_positive
 from modules.files import replace_file
 from modules.language_model import LanguageModel, log_metrics
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from callbacks.cadence import is_log_step, starts_step
-from modules.config import require_positive
+from modules.errors import require_positive
 from modules.functional.flops import training_flops_per_token
 from modules.language_model import LanguageModel, log_metrics
 

@@ -1,62 +1,19 @@
 """The shape of a model: frozen dataclasses, checked when they are made.
 
+Letters: D model, V vocabulary, H query heads, F feed-forward hidden.
 Derived sizes are properties and never stored, so a grown configuration is one `dataclasses.replace`.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from modules.errors import InputError
+from modules.errors import InputError, require_positive
+from modules.moe_config import MoEConfig
 
 CHECKPOINT_KEY = "growmoe"
 """Where a checkpoint keeps what is needed to rebuild the network before its weights are loaded."""
-
-
-def require_positive(**values: int | float) -> None:
-    """Raise `InputError` for the first value below 1 (integers) or not above 0 (floats)."""
-    for name, value in values.items():
-        if isinstance(value, int) and value < 1:
-            raise InputError(f"{name}={value} must be at least 1; give a positive number")
-        if not value > 0 or not math.isfinite(value):
-            raise InputError(f"{name}={value} must be a finite number above 0; give a positive number")
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Which feed-forward layers are routed, and how (dropless top-k softmax routing)."""
-
-    num_experts: int = 8
-    """experts in each routed layer (E)"""
-    top_k: int = 2
-    """experts that each token visits (K)"""
-    expert_dim: int | None = None
-    """hidden width of one expert (F); empty: the width of the dense feed-forward"""
-    every: int = 1
-    """every n-th layer is routed: layers n-1, 2n-1, ... counted from 0"""
-    layers: tuple[int, ...] | None = None
-    """the routed layers by number, counted from 0; takes the place of `every`"""
-    renormalize: bool = True
-    """divide the top-k probabilities by their sum (softmax over all experts comes first)"""
-    balance_loss_weight: float = 0.01
-    """weight of the load-balancing loss, which is averaged over routed layers"""
-    z_loss_weight: float = 0.001
-    """weight of the router z-loss, which is averaged over routed layers"""
-
-    def __post_init__(self) -> None:
-        require_positive(num_experts=self.num_experts, top_k=self.top_k, every=self.every)
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if self.top_k > self.num_experts:
-            raise InputError(
-                f"top_k={self.top_k} is more than num_experts={self.num_experts}; "
-                f"a token can visit each expert once: choose top_k <= {self.num_experts}"
-            )
-        for name in ("balance_loss_weight", "z_loss_weight"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise InputError(f"{name}={value} must be a finite number of at least 0; use 0 to switch it off")
 
 
 @dataclass(frozen=True)
@@ -89,6 +46,8 @@ class ModelConfig:
     """RMSNorm on each query and key head"""
     tie_embeddings: bool = False
     """one matrix for the embedding and the output head"""
+    norm_structure: Literal["prenorm", "hybridnorm"] = "prenorm"
+    """x + f(norm x), or x + norm(f(norm x)) with a second norm on what each branch writes"""
     init_std: float = 0.02
     """standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 num_layers)"""
     moe: MoEConfig | None = None
@@ -131,6 +90,13 @@ class ModelConfig:
         return self.ffn_size if self.moe is None or self.moe.expert_dim is None else self.moe.expert_dim
 
     @property
+    def shared_size(self) -> int:
+        """Hidden width of all shared experts of a routed layer together; 0 without any."""
+        if self.moe is None:
+            return 0
+        return self.moe.num_shared_experts * (self.moe.shared_expert_dim or self.expert_size)
+
+    @property
     def routed_layers(self) -> tuple[int, ...]:
         """The layers whose feed-forward is routed, counted from 0."""
         if self.moe is None:
@@ -141,16 +107,13 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for checkpoints and logs; `from_dict` reads it back."""
-        record = asdict(self)
-        if self.moe is not None and self.moe.layers is not None:
-            record["moe"]["layers"] = list(self.moe.layers)
-        return record
+        return asdict(self) | {"moe": None if self.moe is None else self.moe.to_dict()}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "ModelConfig":
         """The configuration that `to_dict` wrote."""
         moe = record.get("moe")
-        return cls(**{**record, "moe": None if moe is None else MoEConfig(**moe)})
+        return cls(**{**record, "moe": None if moe is None else MoEConfig.from_dict(moe)})
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.dim % self.num_heads:
@@ -175,6 +138,8 @@ class ModelConfig:
 
     def _check_moe(self, moe: MoEConfig) -> None:
         require_positive(expert_dim=self.expert_size)
+        if moe.shared_expert_dim is not None:
+            require_positive(shared_expert_dim=moe.shared_expert_dim)
         outside = [layer for layer in self.routed_layers if not 0 <= layer < self.num_layers]
         if outside or not self.routed_layers:
             raise InputError(

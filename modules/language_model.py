@@ -4,7 +4,7 @@ Letters: B batch, L sequence, T tokens (B·L), D model.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +16,7 @@ from modules.config import CHECKPOINT_KEY, ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.losses import linear_cross_entropy
-from modules.functional.routing import RoutingStats
+from modules.functional.routing import RoutingStats, moved_bias
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
 from modules.metrics import BitsPerByte
@@ -64,6 +64,7 @@ class LanguageModel(pl.LightningModule):
         self.grad_norm = torch.zeros(())
         self.network: Transformer | None = None
         self.bits_per_byte: list[BitsPerByte] = []
+        self._step_counts_NE: Tensor | None = None
 
     @staticmethod
     def check_start(architecture: ModelConfig) -> None:
@@ -149,13 +150,41 @@ class LanguageModel(pl.LightningModule):
         outputs: dict[str, Tensor] = {"losses_BL": losses_BL}
         loss = lm_loss
         if stats:
-            moe = self.architecture.moe
-            assert moe is not None
-            balance = torch.stack([layer.balance_loss for layer in stats]).mean()
-            z_loss = torch.stack([layer.z_loss for layer in stats]).mean()
-            loss = loss + moe.balance_loss_weight * balance + moe.z_loss_weight * z_loss
-            outputs |= _watched(stats) | {"balance_loss": balance.detach(), "z_loss": z_loss.detach()}
+            auxiliary_loss, watched = self._routing_losses(stats)
+            loss = loss + auxiliary_loss
+            outputs |= watched
         return outputs | {"loss": loss, "lm_loss": lm_loss.detach()}
+
+    def _routing_losses(self, stats: list[RoutingStats]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted balance and z-loss of all routed layers, and what callbacks watch of them."""
+        moe = self.architecture.moe
+        assert moe is not None
+        counts_NE = self._add_to_step(torch.stack([layer.tokens_per_expert_E for layer in stats]))
+        if moe.level == "global":
+            shares_NE = counts_NE.double() / counts_NE.sum(dim=1, keepdim=True)
+            stats = [
+                replace(layer, fractions_GE=share_E[None].to(layer.fractions_GE.dtype))
+                for layer, share_E in zip(stats, shares_NE, strict=True)
+            ]
+        balance_N = torch.stack([layer.balance_loss for layer in stats])
+        z_N = torch.stack([layer.z_loss for layer in stats])
+        weighted_N = moe.balance_loss_weight * balance_N + moe.z_loss_weight * z_N
+        total = weighted_N.sum() if moe.aux_reduction == "sum" else weighted_N.mean()
+        means = {"balance_loss": balance_N.detach().mean(), "z_loss": z_N.detach().mean()}
+        return total, watched_routing(stats) | means
+
+    def _add_to_step(self, counts_NE: Tensor) -> Tensor:
+        """Choices per layer and expert in this optimizer step so far: of all ranks and accumulated micro-batches.
+
+        Counted only where something needs them: balance at the global level (arXiv 2501.11873), or the selection bias.
+        """
+        moe = self.architecture.moe
+        assert moe is not None
+        if moe.level == "global" or moe.router.bias_update_rate:
+            counts_NE = self.trainer.strategy.reduce(counts_NE, reduce_op="sum")
+            before = self._step_counts_NE
+            self._step_counts_NE = counts_NE = counts_NE if before is None else before + counts_NE
+        return counts_NE
 
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RoutingStats]]:
         """Sum of the batch's token losses in nats, the losses [B, L] (detached), and the routing stats."""
@@ -167,6 +196,18 @@ class LanguageModel(pl.LightningModule):
             hidden_BLD.flatten(0, 1), self._net.head_weight, targets_BL.flatten(), self.loss_chunk_rows
         )
         return total, losses_T.view_as(targets_BL), stats
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step; then move the selection biases towards an even load, and begin to count the next step's choices."""
+        super().optimizer_step(*args, **kwargs)
+        moe, counts_NE = self.architecture.moe, self._step_counts_NE
+        if moe is not None and moe.router.bias_update_rate and counts_NE is not None:
+            with torch.no_grad():
+                for layer, counts_E in zip(self._net.routed_layers(), counts_NE, strict=True):
+                    bias_E = layer.selection_bias_E
+                    assert bias_E is not None
+                    bias_E.copy_(moved_bias(bias_E, counts_E, moe.router.bias_update_rate))
+        self._step_counts_NE = None
 
     def configure_gradient_clipping(
         self,
@@ -243,10 +284,11 @@ def growth_metrics(module: LanguageModel) -> dict[str, float]:
     }
 
 
-def _watched(stats: list[RoutingStats]) -> dict[str, Tensor]:
-    """Routed rows per expert [layers, E], and the routers' mean entropy and logit size."""
+def watched_routing(stats: list[RoutingStats]) -> dict[str, Tensor]:
+    """What callbacks watch of N routed layers: figures by layer, detached."""
     return {
-        "expert_rows": torch.stack([layer.tokens_per_expert_E for layer in stats]),
-        "router_entropy": torch.stack([layer.entropy for layer in stats]).mean(),
-        "router_logit_rms": torch.stack([layer.logit_rms for layer in stats]).mean(),
+        "tokens_per_expert_NE": torch.stack([layer.tokens_per_expert_E for layer in stats]),
+        "dropped_NK": torch.stack([layer.dropped_K for layer in stats]),
+        "entropy_N": torch.stack([layer.entropy for layer in stats]),
+        "logit_rms_N": torch.stack([layer.logit_rms for layer in stats]),
     }

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from modules.config import require_positive
-from modules.errors import InputError
+from modules.errors import InputError, require_positive
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 
 

@@ -11,14 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modules.config import ModelConfig, MoEConfig, require_positive
-from modules.errors import InputError
+from modules.config import ModelConfig
+from modules.errors import InputError, require_positive
 from modules.functional.flops import count_parameters
 from modules.growth.depth import Deepen
 from modules.growth.operation import Moments, ParameterSource, TensorSource
 from modules.growth.upcycle import Upcycle
 from modules.growth.width import Widen
 from modules.layers.transformer import Transformer
+from modules.moe_config import MoEConfig
 from modules.optim import ParameterFactors
 
 DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}

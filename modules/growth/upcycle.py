@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modules.config import ModelConfig, MoEConfig
+from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.growth.operation import Moments, ParameterSource, seeded_generator
 from modules.growth.roles import Axis, role_of
+from modules.moe_config import MoEConfig
 from modules.optim import ParameterFactors
 
 _EXPERT_PARTS = {

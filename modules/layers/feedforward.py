@@ -15,6 +15,6 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
-    def forward(self, hidden_BLD: Tensor) -> tuple[Tensor, RoutingStats | None]:
-        """The layer's output; a dense layer has no routing to report."""
+    def forward(self, hidden_BLD: Tensor, decoding: bool = False) -> tuple[Tensor, RoutingStats | None]:
+        """The layer's output; a dense layer has no routing to report, and decodes as it trains."""
         return self.down(F.silu(self.gate(hidden_BLD)) * self.up(hidden_BLD)), None

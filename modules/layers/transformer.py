@@ -18,7 +18,10 @@ from modules.layers.feedforward import FeedForward
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attention(norm x), then x + feed-forward(norm x), dense or routed by the layer's number."""
+    """x + attention(norm x), then x + feed-forward(norm x), dense or routed by the layer's number.
+
+    With hybridnorm what a branch writes has a norm of its own: x + norm(attention(norm x)), and so on.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -28,14 +31,18 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         routed = layer in config.routed_layers
         self.feed_forward = RoutedExperts(config) if routed else FeedForward(config.dim, config.ffn_size)
+        hybrid = config.norm_structure == "hybridnorm"
+        self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if hybrid else nn.Identity()
+        self.feed_forward_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if hybrid else nn.Identity()
 
     def forward(
         self, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, RoutingStats | None]:
         """The block's output and, for a routed layer, what its router did."""
-        hidden_BLD = hidden_BLD + self.attention(self.attention_norm(hidden_BLD), rotary, mask, self.layer, cache)
-        update_BLD, stats = self.feed_forward(self.feed_forward_norm(hidden_BLD))
-        return hidden_BLD + update_BLD, stats
+        mixed_BLD = self.attention(self.attention_norm(hidden_BLD), rotary, mask, self.layer, cache)
+        hidden_BLD = hidden_BLD + self.attention_post_norm(mixed_BLD)
+        update_BLD, stats = self.feed_forward(self.feed_forward_norm(hidden_BLD), decoding=cache is not None)
+        return hidden_BLD + self.feed_forward_post_norm(update_BLD), stats
 
 
 class Transformer(nn.Module):
@@ -116,6 +123,10 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += length
         return self.final_norm(hidden_BLD), stats
+
+    def routed_layers(self) -> list[RoutedExperts]:
+        """The routed feed-forward layers, from the first to the last."""
+        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, RoutedExperts)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary [..., V] of final hidden states [..., D]."""

@@ -50,8 +50,8 @@ def routed_experts(layer: RoutedExperts, hidden_BLD: Tensor) -> tuple[Tensor, Te
     num_experts = logits.shape[1]
     output, counts = [], torch.zeros(num_experts, dtype=rows.dtype)
     for row, p in zip(rows, probabilities, strict=True):
-        chosen = sorted(range(num_experts), key=lambda e: -p[e].item())[: layer.top_k]
-        total = sum(p[e] for e in chosen) if layer.renormalize else 1.0
+        chosen = sorted(range(num_experts), key=lambda e: -p[e].item())[: layer.moe.top_k]
+        total = sum(p[e] for e in chosen) if layer.moe.renormalize else 1.0
         mixed = torch.zeros_like(row)
         for e in chosen:
             counts[e] += 1

@@ -2,11 +2,12 @@
 
 import pytest
 
-from modules.config import ModelConfig, MoEConfig
+from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
+from modules.moe_config import MoEConfig
 from modules.optim import OptimizerConfig
 
 

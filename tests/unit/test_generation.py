@@ -10,10 +10,11 @@ from app.checkpoint import write_checkpoint
 from app.commands.generate import choose_device, stream_text
 from app.commands.generate import generate as generate_command
 from datamodules.tokenizer import Tokenizer, train_tokenizer
-from modules.config import ModelConfig, MoEConfig
+from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.generation import begin, complete, generate, sample
 from modules.layers.transformer import Transformer
+from modules.moe_config import MoEConfig
 
 EOS = 1
 CONFIGS = {

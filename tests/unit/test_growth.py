@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modules.config import ModelConfig, MoEConfig
+from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.losses import linear_cross_entropy
 from modules.growth.depth import source_layers
@@ -24,6 +24,7 @@ from modules.growth.transition import (
     target_config,
 )
 from modules.layers.transformer import Transformer
+from modules.moe_config import MoEConfig
 from modules.optim import OptimizerConfig, ParameterFactors, build_optimizer
 from tests.unit.test_layers import randomize
 

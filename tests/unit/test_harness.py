@@ -15,9 +15,10 @@ import torch
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 from datamodules.world.generator import WorldConfig
 from datamodules.world.tasks import write_world_tasks
-from modules.config import ModelConfig, MoEConfig
+from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.layers.transformer import Transformer
+from modules.moe_config import MoEConfig
 
 pytest.importorskip("lm_eval")
 HAD_TRANSFORMERS = "transformers" in sys.modules

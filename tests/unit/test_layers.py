@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modules.config import ModelConfig, MoEConfig
+from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.layers.attention import Attention, KVCache, rotary_angles
-from modules.layers.experts import RoutedExperts, grouped_linear
+from modules.layers.experts import RoutedExperts
+from modules.layers.grouped import grouped_linear
 from modules.layers.transformer import Transformer, document_mask
+from modules.moe_config import MoEConfig
 from tests.conftest import TOLERANCE
 from tests.reference import layers as reference
 

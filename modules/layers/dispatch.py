@@ -1,0 +1,139 @@
+"""Which rows experts work on, and how rows leave the tokens and come back to them: by index, in a fixed order.
+
+Letters: T tokens, D model, E experts, K experts per token, R rows that experts work on, N places that are added up.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules.functional.routing import Choice, ExpertChoice, count_choices
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Rows for experts, sorted by expert, and where each token finds its rows again.
+
+    Attributes:
+        token_ids_R: the token that each row is a copy of.
+        gates_R: the row's gate, with gradient; 0 for a row that only fills a slot.
+        counts_E: rows of each expert.
+        rows_N: the rows of token 0, then those of token 1, ...
+        offsets_T: where each token's rows begin in `rows_N`.
+        live_N: 1 where a place of `rows_N` counts, 0 where it stands for a dropped choice; None when all count.
+    """
+
+    token_ids_R: Tensor
+    gates_R: Tensor
+    counts_E: Tensor
+    rows_N: Tensor
+    offsets_T: Tensor
+    live_N: Tensor | None = None
+
+
+def dispatch_all(choice: Choice, num_experts: int) -> Dispatch:
+    """Every choice becomes a row: R = T·K, whatever the loads."""
+    num_tokens, top_k = choice.expert_ids_TK.shape
+    order_R, place_N = _sorted_places(choice.expert_ids_TK.flatten())
+    return Dispatch(
+        token_ids_R=order_R // top_k,
+        gates_R=choice.gates_TK.flatten().index_select(0, order_R),
+        counts_E=count_choices(choice.expert_ids_TK, num_experts),
+        rows_N=place_N,
+        offsets_T=torch.arange(num_tokens, device=place_N.device) * top_k,
+    )
+
+
+def dispatch_to_slots(choice: Choice, positions_TK: Tensor, num_experts: int, group_size: int, slots: int) -> Dispatch:
+    """Choices that find a slot become rows. R = E·G·C whatever the loads: no host has to know how many were dropped.
+
+    A slot that stays empty repeats token 0 with gate 0, which adds nothing, forward or backward.
+    """
+    num_tokens, top_k = choice.expert_ids_TK.shape
+    num_groups = num_tokens // group_size
+    kept_N = (positions_TK < slots).flatten()
+    group_T1 = (torch.arange(num_tokens, device=positions_TK.device) // group_size)[:, None]
+    row_N = ((choice.expert_ids_TK * num_groups + group_T1) * slots + positions_TK).flatten()
+    num_rows = num_experts * num_groups * slots
+    row_N = row_N.masked_fill(~kept_N, num_rows)  # dropped choices share one place behind the rows
+    choice_R = torch.zeros(num_rows + 1, dtype=torch.long, device=row_N.device)
+    filled_R = torch.zeros(num_rows + 1, dtype=torch.bool, device=row_N.device)
+    choice_R.scatter_(0, row_N, torch.arange(len(row_N), device=row_N.device))
+    filled_R.scatter_(0, row_N, kept_N)
+    choice_R, filled_R = choice_R[:-1], filled_R[:-1]
+    gates_R = choice.gates_TK.flatten().index_select(0, choice_R)
+    return Dispatch(
+        token_ids_R=choice_R // top_k,
+        gates_R=gates_R * filled_R,
+        counts_E=torch.full((num_experts,), num_groups * slots, device=row_N.device),
+        rows_N=row_N.clamp_max(num_rows - 1),
+        offsets_T=torch.arange(num_tokens, device=row_N.device) * top_k,
+        live_N=kept_N,
+    )
+
+
+def dispatch_chosen(choice: ExpertChoice, num_tokens: int) -> Dispatch:
+    """Expert choice: E·G·C rows, and tokens with any number of them, none included."""
+    token_ids_R = choice.token_ids_GEC.transpose(0, 1).flatten()
+    sorted_N, rows_N = token_ids_R.sort(stable=True)
+    num_groups, num_experts, slots = choice.token_ids_GEC.shape
+    return Dispatch(
+        token_ids_R=token_ids_R,
+        gates_R=choice.gates_GEC.transpose(0, 1).flatten(),
+        counts_E=torch.full((num_experts,), num_groups * slots, device=rows_N.device),
+        rows_N=rows_N,
+        offsets_T=torch.searchsorted(sorted_N, torch.arange(num_tokens, device=rows_N.device)),
+    )
+
+
+class LocalDispatcher:
+    """Rows go to experts of the same process: the seam where expert parallelism exchanges them instead."""
+
+    def dispatch(self, hidden_TD: Tensor, plan: Dispatch) -> Tensor:
+        """Copy tokens into rows [R, D], sorted by expert."""
+        return _Gather.apply(hidden_TD, plan)
+
+    def combine(self, rows_RD: Tensor, plan: Dispatch) -> Tensor:
+        """Add the rows of each token up [T, D]; they have been multiplied by their gates."""
+        return _Combine.apply(rows_RD, plan)
+
+
+class _Gather(torch.autograd.Function):
+    """Its backward adds in a fixed order; that of `index_select` would not, on an accelerator."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, plan: Dispatch) -> Tensor:
+        ctx.plan = plan
+        return hidden_TD.index_select(0, plan.token_ids_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _sum_by_token(grads[0], ctx.plan), None
+
+
+class _Combine(torch.autograd.Function):
+    """The mirror of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, plan: Dispatch) -> Tensor:
+        ctx.plan = plan
+        return _sum_by_token(rows_RD, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.plan.token_ids_R), None
+
+
+def _sum_by_token(rows_RD: Tensor, plan: Dispatch) -> Tensor:
+    live_N = None if plan.live_N is None else plan.live_N.to(rows_RD.dtype)
+    return F.embedding_bag(plan.rows_N, rows_RD, plan.offsets_T, mode="sum", per_sample_weights=live_N)
+
+
+def _sorted_places(expert_ids_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The stable order by expert, and its inverse."""
+    order_R = expert_ids_R.argsort(stable=True)
+    place_R = torch.arange(len(order_R), device=order_R.device)
+    return order_R, torch.empty_like(order_R).scatter_(0, order_R, place_R)
