@@ -144,18 +144,22 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
 
 
 class _Probe:
-    """Loss and final hidden states of the held batch under the present network, in the precision of its weights."""
+    """Loss and final hidden states of the held batch under the present network, in the precision of its weights.
+
+    The network is asked as in evaluation: a capacity in training would make a token's output depend on its neighbours.
+    """
 
     @torch.no_grad()
     def __init__(self, pl_module: LanguageModel, held: dict[str, Tensor]) -> None:
         network = pl_module.network
         assert network is not None
-        self.network: Transformer = network
+        self.network: Transformer = network.eval()
         hidden_BLD, _ = network(
             held["tokens"][:, :-1],
             position_ids_BL=held.get("position_ids"),
             document_ids_BL=held.get("document_ids"),
         )
+        network.train(pl_module.training)
         self.hidden_TD = hidden_BLD.flatten(0, 1)
         targets_T = held["tokens"][:, 1:].flatten()
         total, _ = linear_cross_entropy(self.hidden_TD, network.head_weight, targets_T, pl_module.loss_chunk_rows)

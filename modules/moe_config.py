@@ -128,6 +128,11 @@ class MoEConfig:
         """What the load-balancing loss balances over."""
         return self.balance_level or ("group" if self.router.kind == "gshard" else "micro_batch")
 
+    @property
+    def gates_add_up_to_one(self) -> bool:
+        """True when equal experts give what one of them would, as long as no token is dropped."""
+        return self.router.kind == "top_k" and self.renormalize and self.router.gate_scale == 1
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads it back."""
         return asdict(self) | {"layers": None if self.layers is None else list(self.layers)}

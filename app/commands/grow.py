@@ -154,7 +154,7 @@ def _network(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> Transform
     with torch.device("meta"):
         network = Transformer(config)
     network.load_state_dict({name.removeprefix(PREFIX): w for name, w in state_dict.items()}, assign=True)
-    return network.requires_grad_()
+    return network.requires_grad_().eval()
 
 
 @torch.no_grad()
@@ -162,5 +162,5 @@ def _drift(old: Transformer, new: Transformer) -> tuple[float, float]:
     """The largest change of a logit on random tokens, and the largest logit."""
     length = min(64, old.config.max_seq_len)
     tokens_BL = torch.randint(old.config.vocab_size, (4, length), generator=seeded_generator(0, "drift"))
-    before, after = (network.logits(network(tokens_BL)[0]) for network in (old, new))
+    before, after = (network.logits(network(tokens_BL)[0]) for network in (old, new.eval()))
     return (before - after).abs().max().item(), before.abs().max().item()

@@ -16,34 +16,55 @@ class ParameterCount:
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count parameters without building the model. `non_embedding` leaves out embedding and output head."""
-    attention = _attention_parameters(config)
-    dense_ffn = 3 * config.dim * config.ffn_size
-    expert = 3 * config.dim * config.expert_size
     num_routed = len(config.routed_layers)
     num_dense = config.num_layers - num_routed
-    router = config.dim * config.moe.num_experts if config.moe else 0
-    total_routed = num_routed * (router + (expert * config.moe.num_experts if config.moe else 0))
-    active_routed = num_routed * (router + (expert * config.moe.top_k if config.moe else 0))
-    shared = config.num_layers * (attention + 2 * config.dim) + num_dense * dense_ffn + config.dim
+    norms = _norms_per_layer(config) * config.num_layers + 1
+    always = config.num_layers * _attention_parameters(config) + norms * config.dim
+    always += num_dense * 3 * config.dim * config.ffn_size
+    routed = active_routed = 0
+    if config.moe is not None:
+        expert, shared = 3 * config.dim * config.expert_size, 3 * config.dim * config.shared_size
+        router = config.dim * (config.moe.num_experts + config.moe.shared_gate)
+        routed = num_routed * (router + shared + expert * config.moe.num_experts)
+        active_routed = num_routed * (router + shared + expert * config.moe.top_k)
     embeddings = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
     return ParameterCount(
-        total=shared + total_routed + embeddings,
-        active=shared + active_routed + embeddings,
-        non_embedding=shared + total_routed,
+        total=always + routed + embeddings,
+        active=always + active_routed + embeddings,
+        non_embedding=always + routed,
     )
+
+
+def expert_rows_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Rows that experts work on for each token in training: top_k, or all slots of a capacity, the empty ones too."""
+    moe = config.moe
+    if moe is None:
+        return 0.0
+    if moe.capacity is None:
+        return float(moe.top_k)
+    group_size = moe.capacity.group_size or seq_len
+    return moe.num_experts * moe.capacity.slots(group_size, moe.num_experts) / group_size
 
 
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Forward and backward FLOPs of one token: 6 per active weight in a product, and causal attention's scores.
 
-    Counts multiply and add as two, attention over half the square (causal), and no recomputation
-    (PaLM, arXiv 2204.02311, appendix B, with the embedding lookup left out).
+    Counts multiply and add as two, attention over half the square (causal), empty slots of experts with a capacity, and
+    no recomputation (PaLM, arXiv 2204.02311, appendix B, with the embedding lookup left out).
     """
     count = count_parameters(config)
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
-    gains = config.dim * (2 * config.num_layers + 1)
+    gains = config.dim * (_norms_per_layer(config) * config.num_layers + 1)
+    weights = count.active - lookup - gains
+    if config.moe is not None:
+        empty_slots = expert_rows_per_token(config, seq_len) - config.moe.top_k
+        weights += round(len(config.routed_layers) * empty_slots * 3 * config.dim * config.expert_size)
     scores = 6 * config.num_layers * config.num_heads * config.head_size * seq_len
-    return 6.0 * (count.active - lookup - gains) + scores
+    return 6.0 * weights + scores
+
+
+def _norms_per_layer(config: ModelConfig) -> int:
+    return 4 if config.norm_structure == "hybridnorm" else 2
 
 
 def _attention_parameters(config: ModelConfig) -> int:

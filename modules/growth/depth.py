@@ -1,6 +1,7 @@
 """Deepening by `zero_block`: copies of blocks whose output projections are zero, so that nothing changes at first.
 
-The new blocks get gradient on their output projections only, at the first step (LLaMA-Pro, arXiv 2401.02415).
+The new blocks get gradient on their output projections only, at the first step (LLaMA-Pro, arXiv 2401.02415). With
+hybridnorm the gain of the norm behind them is zero instead: a norm of zeros has a slope of 1 / sqrt(eps).
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.growth.operation import Moments, ParameterSource
-from modules.growth.roles import role_of
+from modules.growth.roles import Axis, role_of
 from modules.optim import ParameterFactors
 
 
@@ -50,9 +51,11 @@ class Deepen:
         return deepened_config(self.source.config, self.num_layers)
 
     def weight(self, name: str) -> Tensor:
-        """The parameter of the block's original; zero for a new block's output projections."""
+        """The parameter of the block's original; zero for what would let a new block's branches write."""
         weight = self.source.weight(self._origin(name))
-        return torch.zeros_like(weight) if self._is_new(name) and role_of(name).writes_residual else weight
+        closing = Axis.POST_GAIN if self.config.norm_structure == "hybridnorm" else Axis.RESIDUAL_OUT
+        is_closed = self._is_new(name) and closing in role_of(name).axes
+        return torch.zeros_like(weight) if is_closed else weight
 
     def moments(self, name: str) -> Moments | None:
         """The original's state; a new block starts with none."""

@@ -16,19 +16,23 @@ class Axis(Enum):
     RESIDUAL_OUT = auto()
     RESIDUAL_IN = auto()
     NORM_GAIN = auto()
+    POST_GAIN = auto()
     FINAL_GAIN = auto()
     HIDDEN_OUT = auto()
     HIDDEN_IN = auto()
     EXPERT_HIDDEN_OUT = auto()
     EXPERT_HIDDEN_IN = auto()
+    SHARED_HIDDEN_OUT = auto()
+    SHARED_HIDDEN_IN = auto()
     HEADS_OUT = auto()
     HEADS_IN = auto()
     KV_HEADS_OUT = auto()
     HEAD_CHANNEL = auto()
     EXPERT = auto()
+    UNIT = auto()
 
 
-IN_AXES = frozenset({Axis.RESIDUAL_IN, Axis.HIDDEN_IN, Axis.EXPERT_HIDDEN_IN, Axis.HEADS_IN})
+IN_AXES = frozenset({Axis.RESIDUAL_IN, Axis.HIDDEN_IN, Axis.EXPERT_HIDDEN_IN, Axis.SHARED_HIDDEN_IN, Axis.HEADS_IN})
 """Axes along which copies of one input are added up."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -50,11 +54,18 @@ _BLOCK_AXES: dict[str, tuple[Axis, ...]] = {
     "attention.o_proj.weight": (Axis.RESIDUAL_OUT, Axis.HEADS_IN),
     "attention.q_norm.weight": (Axis.HEAD_CHANNEL,),
     "attention.k_norm.weight": (Axis.HEAD_CHANNEL,),
+    "attention_post_norm.weight": (Axis.POST_GAIN,),
     "feed_forward_norm.weight": (Axis.NORM_GAIN,),
+    "feed_forward_post_norm.weight": (Axis.POST_GAIN,),
     "feed_forward.gate.weight": (Axis.HIDDEN_OUT, Axis.RESIDUAL_IN),
     "feed_forward.up.weight": (Axis.HIDDEN_OUT, Axis.RESIDUAL_IN),
     "feed_forward.down.weight": (Axis.RESIDUAL_OUT, Axis.HIDDEN_IN),
     "feed_forward.router.weight": (Axis.EXPERT, Axis.RESIDUAL_IN),
+    "feed_forward.selection_bias_E": (Axis.EXPERT,),
+    "feed_forward.shared_gate.weight": (Axis.UNIT, Axis.RESIDUAL_IN),
+    "feed_forward.shared.gate.weight": (Axis.SHARED_HIDDEN_OUT, Axis.RESIDUAL_IN),
+    "feed_forward.shared.up.weight": (Axis.SHARED_HIDDEN_OUT, Axis.RESIDUAL_IN),
+    "feed_forward.shared.down.weight": (Axis.RESIDUAL_OUT, Axis.SHARED_HIDDEN_IN),
     "feed_forward.experts.gate": (Axis.EXPERT, Axis.RESIDUAL_IN, Axis.EXPERT_HIDDEN_OUT),
     "feed_forward.experts.up": (Axis.EXPERT, Axis.RESIDUAL_IN, Axis.EXPERT_HIDDEN_OUT),
     "feed_forward.experts.down": (Axis.EXPERT, Axis.EXPERT_HIDDEN_IN, Axis.RESIDUAL_OUT),
@@ -63,7 +74,7 @@ _BLOCK_AXES: dict[str, tuple[Axis, ...]] = {
 
 @dataclass(frozen=True)
 class Role:
-    """A parameter's place: its block (None outside the blocks), its name inside it, and its axes."""
+    """A parameter's (or buffer's) place: its block (None outside the blocks), its name inside it, and its axes."""
 
     layer: int | None
     part: str

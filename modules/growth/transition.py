@@ -157,7 +157,7 @@ class Grown:
     def is_exact(self) -> bool:
         """True when the grown model computes the same function, up to rounding."""
         moe = self.network.config.moe
-        return "drop" not in self.methods and ("copy" not in self.methods or moe is None or moe.renormalize)
+        return "drop" not in self.methods and ("copy" not in self.methods or moe is None or moe.gates_add_up_to_one)
 
 
 def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.device | str) -> Grown:
@@ -205,7 +205,7 @@ def network_source(
     network: Transformer, state: Mapping[str, Mapping[str, Tensor]], factors: Mapping[str, ParameterFactors]
 ) -> TensorSource:
     """A network and its Adam state (by parameter name) as the start of a chain."""
-    weights = dict(network.named_parameters())
+    weights = network.state_dict()  # parameters, and the buffers that checkpoints hold
 
     def read_moments(name: str) -> Moments | None:
         if not state.get(name):
@@ -227,8 +227,8 @@ def materialize(grown: ParameterSource, device: torch.device | str) -> Transform
     with torch.device("meta"):
         network = Transformer(grown.config)
     network.to_empty(device=device).to(grown.weight("final_norm.weight").dtype)
-    for name, parameter in network.named_parameters():
-        parameter.copy_(grown.weight(name))
+    for name, tensor in network.state_dict().items():
+        tensor.copy_(grown.weight(name))
     return network
 
 

@@ -24,6 +24,7 @@ _EXPERT_PARTS = {
     "feed_forward.experts.down": "feed_forward.down.weight",
 }
 _ROUTER = "feed_forward.router.weight"
+_BIAS = "feed_forward.selection_bias_E"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Upcycle:
                 f"growth source already has num_experts={before.moe.num_experts}; only a dense model can be upcycled: "
                 "remove moe from this stage's target"
             )
+        if self.moe.num_shared_experts:
+            raise InputError(
+                f"growth target has num_shared_experts={self.moe.num_shared_experts}, and a feed-forward becomes "
+                "routed experts only; leave num_shared_experts out, or train the mixture from scratch"
+            )
         if self.config.expert_size != before.ffn_size:
             raise InputError(
                 f"moe.expert_dim={self.config.expert_size} differs from the dense feed-forward's {before.ffn_size}; "
@@ -68,6 +74,8 @@ class Upcycle:
             shape = (self.moe.num_experts, self.config.dim)
             drawn = torch.randn(shape, generator=seeded_generator(self.seed, "router", name))
             return (drawn * self.router_std).to(self.source.weight("final_norm.weight"))
+        if role.part == _BIAS:
+            return torch.zeros(self.moe.num_experts, device=self.source.weight("final_norm.weight").device)
         if role.part not in _EXPERT_PARTS:
             return self.source.weight(name)
         dense = self.source.weight(self._dense_name(name)).T

@@ -121,6 +121,9 @@ def axis_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
     if source.moe and source.expert_size != target.expert_size:
         hidden = _cyclic(source.expert_size, target.expert_size)
         maps |= _copy_maps(hidden, Axis.EXPERT_HIDDEN_OUT, Axis.EXPERT_HIDDEN_IN)
+    if source.shared_size != target.shared_size:
+        hidden = _cyclic(source.shared_size, target.shared_size)
+        maps |= _copy_maps(hidden, Axis.SHARED_HIDDEN_OUT, Axis.SHARED_HIDDEN_IN)
     if (source.num_heads, source.kv_heads) != (target.num_heads, target.kv_heads):
         maps |= _head_maps(source, target)
     return maps
@@ -168,6 +171,7 @@ def _residual_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisM
         Axis.RESIDUAL_OUT: AxisMap(index, (k / c).sqrt(), 1 / (k * c).sqrt()),
         Axis.RESIDUAL_IN: AxisMap(index, 1 / c, ones),
         Axis.NORM_GAIN: gain,
+        Axis.POST_GAIN: AxisMap(index, ones, 1 / c),  # the writer before it has the scale of the stream already
         Axis.FINAL_GAIN: AxisMap(index, ones / k, k / c) if tied else gain,
     }
 

@@ -34,45 +34,32 @@ class Dispatch:
     live_N: Tensor | None = None
 
 
-def dispatch_all(choice: Choice, num_experts: int) -> Dispatch:
-    """Every choice becomes a row: R = T·K, whatever the loads."""
-    num_tokens, top_k = choice.expert_ids_TK.shape
-    order_R, place_N = _sorted_places(choice.expert_ids_TK.flatten())
-    return Dispatch(
-        token_ids_R=order_R // top_k,
-        gates_R=choice.gates_TK.flatten().index_select(0, order_R),
-        counts_E=count_choices(choice.expert_ids_TK, num_experts),
-        rows_N=place_N,
-        offsets_T=torch.arange(num_tokens, device=place_N.device) * top_k,
-    )
+def dispatch_all(choice: Choice, num_experts: int, row_multiple: int = 1) -> Dispatch:
+    """Every choice becomes a row, R = T·K.
+
+    Args:
+        row_multiple: above 1, filler rows bring each expert's rows to a multiple; R then depends on the loads, which
+            the host has to know.
+    """
+    expert_ids_N = choice.expert_ids_TK.flatten()
+    sorted_N, order_N = expert_ids_N.sort(stable=True)
+    counts_E = count_choices(expert_ids_N, num_experts)
+    rows_E = (counts_E + row_multiple - 1) // row_multiple * row_multiple
+    shift_E = (rows_E - counts_E).cumsum(0) - (rows_E - counts_E)  # filler in front of each expert's rows
+    row_of_sorted_N = torch.arange(len(order_N), device=order_N.device) + shift_E.index_select(0, sorted_N)
+    row_N = torch.empty_like(order_N).scatter_(0, order_N, row_of_sorted_N)
+    num_rows = len(row_N) if row_multiple == 1 else int(rows_E.sum())
+    return _rows_at(choice, row_N, None, num_rows, rows_E)
 
 
 def dispatch_to_slots(choice: Choice, positions_TK: Tensor, num_experts: int, group_size: int, slots: int) -> Dispatch:
-    """Choices that find a slot become rows. R = E·G·C whatever the loads: no host has to know how many were dropped.
-
-    A slot that stays empty repeats token 0 with gate 0, which adds nothing, forward or backward.
-    """
-    num_tokens, top_k = choice.expert_ids_TK.shape
-    num_groups = num_tokens // group_size
-    kept_N = (positions_TK < slots).flatten()
-    group_T1 = (torch.arange(num_tokens, device=positions_TK.device) // group_size)[:, None]
+    """Choices that find a slot become rows: R = E·G·C whatever the loads, so no host has to know what was dropped."""
+    num_groups = len(positions_TK) // group_size
+    group_T1 = (torch.arange(len(positions_TK), device=positions_TK.device) // group_size)[:, None]
     row_N = ((choice.expert_ids_TK * num_groups + group_T1) * slots + positions_TK).flatten()
-    num_rows = num_experts * num_groups * slots
-    row_N = row_N.masked_fill(~kept_N, num_rows)  # dropped choices share one place behind the rows
-    choice_R = torch.zeros(num_rows + 1, dtype=torch.long, device=row_N.device)
-    filled_R = torch.zeros(num_rows + 1, dtype=torch.bool, device=row_N.device)
-    choice_R.scatter_(0, row_N, torch.arange(len(row_N), device=row_N.device))
-    filled_R.scatter_(0, row_N, kept_N)
-    choice_R, filled_R = choice_R[:-1], filled_R[:-1]
-    gates_R = choice.gates_TK.flatten().index_select(0, choice_R)
-    return Dispatch(
-        token_ids_R=choice_R // top_k,
-        gates_R=gates_R * filled_R,
-        counts_E=torch.full((num_experts,), num_groups * slots, device=row_N.device),
-        rows_N=row_N.clamp_max(num_rows - 1),
-        offsets_T=torch.arange(num_tokens, device=row_N.device) * top_k,
-        live_N=kept_N,
-    )
+    kept_N = (positions_TK < slots).flatten()
+    counts_E = torch.full((num_experts,), num_groups * slots, device=row_N.device)
+    return _rows_at(choice, row_N, kept_N, num_experts * num_groups * slots, counts_E)
 
 
 def dispatch_chosen(choice: ExpertChoice, num_tokens: int) -> Dispatch:
@@ -132,8 +119,19 @@ def _sum_by_token(rows_RD: Tensor, plan: Dispatch) -> Tensor:
     return F.embedding_bag(plan.rows_N, rows_RD, plan.offsets_T, mode="sum", per_sample_weights=live_N)
 
 
-def _sorted_places(expert_ids_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The stable order by expert, and its inverse."""
-    order_R = expert_ids_R.argsort(stable=True)
-    place_R = torch.arange(len(order_R), device=order_R.device)
-    return order_R, torch.empty_like(order_R).scatter_(0, order_R, place_R)
+def _rows_at(choice: Choice, row_N: Tensor, kept_N: Tensor | None, num_rows: int, counts_E: Tensor) -> Dispatch:
+    """Put each kept choice into its row. A row that no choice takes repeats token 0 with gate 0, and so adds nothing,
+    forward or backward."""
+    num_tokens, top_k = choice.expert_ids_TK.shape
+    place_N = row_N if kept_N is None else row_N.masked_fill(~kept_N, num_rows)  # dropped choices share a place behind
+    choice_R = torch.full((num_rows + 1,), -1, dtype=torch.long, device=row_N.device)
+    choice_R = choice_R.scatter_(0, place_N, torch.arange(len(row_N), device=row_N.device))[:num_rows]
+    gates_R = choice.gates_TK.flatten().index_select(0, choice_R.clamp_min(0)) * (choice_R >= 0)
+    return Dispatch(
+        token_ids_R=choice_R.clamp_min(0) // top_k,
+        gates_R=gates_R,
+        counts_E=counts_E,
+        rows_N=place_N if kept_N is None else place_N.clamp_max(num_rows - 1),
+        offsets_T=torch.arange(num_tokens, device=row_N.device) * top_k,
+        live_N=kept_N,
+    )

@@ -16,7 +16,7 @@ from modules.functional import routing
 from modules.functional.routing import RoutingStats
 from modules.layers.dispatch import Dispatch, LocalDispatcher, dispatch_all, dispatch_chosen, dispatch_to_slots
 from modules.layers.feedforward import FeedForward
-from modules.layers.grouped import swiglu_experts
+from modules.layers.grouped import row_multiple, swiglu_experts
 
 
 class Experts(nn.Module):
@@ -88,7 +88,7 @@ class RoutedExperts(nn.Module):
         dropped_K = scores_TE.new_zeros(moe.top_k)
         group_size = seq_len
         if moe.capacity is None or decoding or not (self.training or moe.capacity.at_evaluation):
-            plan = dispatch_all(choice, moe.num_experts)
+            plan = dispatch_all(choice, moe.num_experts, row_multiple(self.experts.gate))
         else:
             group_size = self._group_size(num_tokens, seq_len)
             slots = moe.capacity.slots(group_size, moe.num_experts)

@@ -27,6 +27,21 @@ def grouped_outer(left_RD: Tensor, right_RF: Tensor, counts_E: Tensor) -> Tensor
     return torch.stack([left.T @ right for left, right in pairs])
 
 
+def row_multiple(rows: Tensor) -> int:
+    """What the rows of each expert should be a multiple of.
+
+    On CPUs oneDNN makes code for every new number of rows of a low-precision product (0.3 ms and 0.6 MB each, measured
+    on AVX-512), and loads change with every step: with 16 the same few sizes come again.
+    """
+    return 16 if rows.device.type == "cpu" and compute_dtype(rows) in (torch.bfloat16, torch.float16) else 1
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type in which a product with this tensor is computed: autocast's where it is on."""
+    device_type = tensor.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
+
+
 def swiglu_experts(
     rows_RD: Tensor, gates_R: Tensor, counts_E: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor
 ) -> Tensor:
@@ -35,11 +50,9 @@ def swiglu_experts(
     Under autocast, rows and weights are cast as a linear layer's would be. For backward only the rows and the two
     pre-activations are kept.
     """
-    device_type = rows_RD.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        rows_RD, gate_EDF, up_EDF, down_EFD = (t.to(dtype) for t in (rows_RD, gate_EDF, up_EDF, down_EFD))
-    with torch.autocast(device_type, enabled=False):
+    dtype = compute_dtype(rows_RD)
+    rows_RD, gate_EDF, up_EDF, down_EFD = (t.to(dtype) for t in (rows_RD, gate_EDF, up_EDF, down_EFD))
+    with torch.autocast(rows_RD.device.type, enabled=False):
         return _SwiGLUExperts.apply(rows_RD, gates_R, counts_E, gate_EDF, up_EDF, down_EFD)
 
 
@@ -63,7 +76,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         silu_RF, scale_R1 = F.silu(gate_RF), gates_R[:, None].to(rows_RD.dtype)
         act_RF = silu_RF * up_RF
         d_act_RF = grouped_linear(slope_RD, down_EFD.mT, counts_E)
-        d_gates_R = (d_act_RF * act_RF).sum(dim=1, dtype=gates_R.dtype)
+        d_gates_R = torch.linalg.vecdot(d_act_RF, act_RF).to(gates_R.dtype)
         d_down_EFD = grouped_outer(act_RF.mul_(scale_R1), slope_RD, counts_E)
         d_act_RF.mul_(scale_R1)
         d_up_RF = d_act_RF * silu_RF

@@ -24,7 +24,7 @@ from modules.growth.transition import (
     target_config,
 )
 from modules.layers.transformer import Transformer
-from modules.moe_config import MoEConfig
+from modules.moe_config import MoEConfig, RouterConfig
 from modules.optim import OptimizerConfig, ParameterFactors, build_optimizer
 from tests.unit.test_layers import randomize
 
@@ -32,7 +32,11 @@ EXACT = 1e-10
 
 
 def make(config: ModelConfig, std: float = 0.3) -> Transformer:
-    return randomize(Transformer(config), torch.float64, std)
+    network = randomize(Transformer(config), torch.float64, std)
+    for layer in network.routed_layers():
+        if layer.selection_bias_E is not None:
+            layer.selection_bias_E.normal_(std=0.1)
+    return network
 
 
 def stage(target: GrowthTarget, **options: object) -> GrowthStage:
@@ -53,6 +57,18 @@ def drift(old: Transformer, new: Transformer) -> float:
     return (logits(old, tokens) - logits(new, tokens)).abs().max().item()
 
 
+ROUTED = {
+    "none": None,
+    "plain": MoEConfig(3, 2),
+    "shared": MoEConfig(
+        4,
+        2,
+        num_shared_experts=2,
+        shared_gate=True,
+        router=RouterConfig(score="sigmoid", bias_update_rate=0.01, gate_scale=2.5),
+    ),
+}
+
 shapes = st.fixed_dictionaries(
     {
         "dim": st.integers(1, 6).map(lambda n: 8 * n),
@@ -68,7 +84,8 @@ shapes = st.fixed_dictionaries(
         "tied": st.booleans(),
         "bias": st.booleans(),
         "norm": st.booleans(),
-        "moe": st.booleans(),
+        "moe": st.sampled_from(["none", "plain", "shared"]),
+        "hybrid": st.booleans(),
         "noise": st.sampled_from([0.0, 0.3]),
         "seed": st.integers(0, 50),
     }
@@ -87,7 +104,8 @@ def small_and_target(shape: dict) -> tuple[ModelConfig, GrowthTarget]:
         tie_embeddings=shape["tied"],
         qkv_bias=shape["bias"],
         qk_norm=shape["norm"],
-        moe=MoEConfig(3, 2) if shape["moe"] else None,
+        norm_structure="hybridnorm" if shape["hybrid"] else "prenorm",
+        moe=ROUTED[shape["moe"]],
     )
     kv, group = shape["kv"] + shape["more_kv"], shape["group"] + shape["more_group"]
     target = GrowthTarget(
@@ -197,8 +215,10 @@ def train_step(network: Transformer, optimizer: torch.optim.Optimizer, tokens: T
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv", [1, 4])
-def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int) -> None:
+@pytest.mark.parametrize(
+    ("kv", "norms", "routed"), [(1, "prenorm", "none"), (4, "prenorm", "none"), (4, "hybridnorm", "shared")]
+)
+def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int, norms: str, routed: str) -> None:
     """Integer ratios in every width: the grown model's Adam path is the small model's."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -210,6 +230,8 @@ def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int)
         ffn_dim=24,
         tie_embeddings=tied,
         qkv_bias=True,
+        norm_structure=norms,
+        moe=ROUTED[routed],
     )
     settings = OptimizerConfig(lr=1e-2, weight_decay=0.1, eps=1e-3)
     small = make(config)
