@@ -50,15 +50,21 @@ class Growth(pl.Callback):
     def __init__(self, stages: list[GrowthStage] | None = None) -> None:
         self.stages = list(stages or [])
 
-    def check(self, architecture: ModelConfig, max_steps: int, tokens_per_step: int, applied: list[str]) -> None:
+    def check(
+        self, architecture: ModelConfig, max_steps: int, tokens_per_step: int, applied: list[str]
+    ) -> list[ModelConfig]:
         """Check the whole recipe before anything is written: every target, the order of triggers, what was applied.
+
+        Returns:
+            The architectures that the run goes through, the first one included.
 
         Raises:
             InputError: naming the stage.
         """
+        architectures = [architecture]
         for number, stage in enumerate(self.stages):
             try:
-                architecture = target_config(architecture, stage)
+                architectures.append(target_config(architectures[-1], stage))
             except InputError as error:
                 raise InputError(f"growth stage {number + 1}: {error}") from None
         steps = [stage.due_step(tokens_per_step) for stage in self.stages]
@@ -78,6 +84,7 @@ class Growth(pl.Callback):
                 f"the checkpoint has gone through the transitions {applied}, and the recipe begins with {planned}; "
                 "resume with the recipe of that run (stages to come may be changed)"
             )
+        return architectures
 
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         """Refuse what a transition would break."""

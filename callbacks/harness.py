@@ -159,7 +159,7 @@ class HarnessLM(TemplateLM):
         padded_BL = np.full((len(rows), max(len(row.inputs) for row in rows)), self.eot_token_id, np.int64)
         for place, row in enumerate(rows):
             padded_BL[place, : len(row.inputs)] = row.inputs
-        hidden_BLD, _ = self.network(torch.from_numpy(padded_BL).to(self.device))
+        hidden_BLD, _ = self.network(torch.from_numpy(padded_BL).to(self.device), decoding=True)
         scored = [
             hidden_BLD[place, len(row.inputs) - row.num_scored : len(row.inputs)] for place, row in enumerate(rows)
         ]

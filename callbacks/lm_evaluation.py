@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.cadence import finished_step, tokens_seen
 from callbacks.eval_tasks import Suite, choose_suite, load_suite, load_tasks, preserved_random_state
+from modules.config import ModelConfig
 from modules.errors import InputError, require_positive
 from modules.files import replace_file
 from modules.language_model import LanguageModel, log_metrics
@@ -72,16 +73,18 @@ class LMEvaluation(pl.Callback):
         self._tasks: dict[str, dict[str, Any]] | None = None  # None: off
         self._prepared_for: Any = None
 
-    def prepare(self, datamodule: Any) -> None:
+    def prepare(self, datamodule: Any, architectures: Sequence[ModelConfig] = ()) -> None:
         """Load the tasks and their data sets; what is wrong with them shows here, before a run writes anything.
 
         Without lm-eval on this machine, a warning, and evaluation is off.
 
         Args:
             datamodule: prepared and set up; `task_dir` is the folder of its world's tasks.
+            architectures: those that the run goes through.
 
         Raises:
-            InputError: unknown tasks, data that cannot be loaded, tasks of the embedded world beside other data.
+            InputError: unknown tasks, data that cannot be loaded, tasks of the embedded world beside other data, an
+                architecture whose outputs depend on later tokens.
         """
         self._prepared_for, self._tasks = datamodule, None
         folder = getattr(datamodule, "task_dir", None)
@@ -94,6 +97,12 @@ class LMEvaluation(pl.Callback):
             raise InputError(
                 f"evaluation suite {self.suite.name!r} asks about the embedded world, which "
                 f"{type(datamodule).__name__} does not hold; train on SyntheticWorld, or choose other tasks"
+            )
+        if any(config.moe is not None and config.moe.router.kind == "expert_choice" for config in architectures):
+            raise InputError(
+                f"evaluation suite {self.suite.name!r} with router.kind=expert_choice: its experts choose among later "
+                "tokens too, so scores would not be those of a language model; set evaluation.at_end=false and "
+                "evaluation.at_transitions=false, or use another router"
             )
         self._tasks = load_tasks(self.suite, folder)
 

@@ -58,8 +58,8 @@ class CapacityConfig:
     group_size: int | None = None
     """tokens of a group (S), a divisor of the micro-batch's tokens; empty: each sequence is a group"""
     at_evaluation: bool = False
-    """keep the capacity in validation, as the papers do; decoding is always dropless. Where group_size does not divide
-    the tokens at hand, each sequence is a group"""
+    """keep the capacity in validation, as the papers do; tasks and decoding are always dropless. Where group_size does
+    not divide the tokens at hand, each sequence is a group"""
 
     def __post_init__(self) -> None:
         require_positive(**{"capacity.factor": float(self.factor)})
@@ -146,6 +146,16 @@ class MoEConfig:
             "capacity": None if capacity is None else CapacityConfig(**capacity),
         }
         return cls(**{**record, **parts})
+
+
+def check_groups(moe: MoEConfig | None, tokens: int) -> None:
+    """Raise `InputError` when a micro-batch of so many tokens does not fall into groups of the configured size."""
+    size = moe.capacity.group_size if moe is not None and moe.capacity is not None else None
+    if size is not None and tokens % size:
+        raise InputError(
+            f"capacity.group_size={size} does not divide the {tokens} tokens of a micro-batch; "
+            "choose a divisor of batch_size * seq_len, or leave it out: each sequence is then a group"
+        )
 
 
 def check_routing(moe: MoEConfig) -> None:

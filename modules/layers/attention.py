@@ -4,11 +4,11 @@ Letters: B batch, L sequence, D model, H query heads, G key-value heads, C chann
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.config import ModelConfig
 from modules.errors import InputError
+from modules.functional.attention import attend
 
 
 def rotary_angles(position_ids_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention through torch's scaled-dot-product kernel."""
+    """Causal grouped-query attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -105,14 +105,7 @@ class Attention(nn.Module):
         value = self._split(self.v_proj(hidden_BLD))
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key.to(query.dtype),
-            value.to(query.dtype),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        mixed = attend(query, key.to(query.dtype), value.to(query.dtype), mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, flat: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from modules.functional.routing import RoutingStats
 from modules.layers.dispatch import Dispatch, LocalDispatcher, dispatch_all, dispatch_chosen, dispatch_to_slots
 from modules.layers.feedforward import FeedForward
 from modules.layers.grouped import row_multiple, swiglu_experts
+from modules.moe_config import check_groups
 
 
 class Experts(nn.Module):
@@ -120,15 +121,10 @@ class RoutedExperts(nn.Module):
     def _group_size(self, num_tokens: int, seq_len: int) -> int:
         """Tokens of a capacity group."""
         assert self.moe.capacity is not None
-        size = self.moe.capacity.group_size or seq_len
-        if num_tokens % size == 0:
-            return size
         if self.training:
-            raise InputError(
-                f"capacity.group_size={size} does not divide the {num_tokens} tokens of a micro-batch; "
-                "choose a divisor of batch_size * seq_len, or leave it out: each sequence is then a group"
-            )
-        return seq_len
+            check_groups(self.moe, num_tokens)
+        size = self.moe.capacity.group_size or seq_len
+        return seq_len if num_tokens % size else size
 
     def _shared_output(self, hidden_TD: Tensor) -> Tensor:
         assert self.shared is not None

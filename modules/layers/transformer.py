@@ -36,12 +36,17 @@ class Block(nn.Module):
         self.feed_forward_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if hybrid else nn.Identity()
 
     def forward(
-        self, hidden_BLD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self,
+        hidden_BLD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        decoding: bool,
     ) -> tuple[Tensor, RoutingStats | None]:
         """The block's output and, for a routed layer, what its router did."""
         mixed_BLD = self.attention(self.attention_norm(hidden_BLD), rotary, mask, self.layer, cache)
         hidden_BLD = hidden_BLD + self.attention_post_norm(mixed_BLD)
-        update_BLD, stats = self.feed_forward(self.feed_forward_norm(hidden_BLD), decoding=cache is not None)
+        update_BLD, stats = self.feed_forward(self.feed_forward_norm(hidden_BLD), decoding)
         return hidden_BLD + self.feed_forward_post_norm(update_BLD), stats
 
 
@@ -87,6 +92,7 @@ class Transformer(nn.Module):
         position_ids_BL: Tensor | None = None,
         document_ids_BL: Tensor | None = None,
         cache: KVCache | None = None,
+        decoding: bool = False,
     ) -> tuple[Tensor, list[RoutingStats]]:
         """Hidden states after the final norm [B, L, D], and the stats of each routed layer.
 
@@ -95,9 +101,11 @@ class Transformer(nn.Module):
             position_ids_BL: rotary positions; counted from 0 when left out.
             document_ids_BL: attention stays inside equal ids (and causal); one document when left out.
             cache: append to this cache and attend to what it holds; positions then come from it.
+            decoding: no token's output may depend on later tokens or on other rows, as it does through the capacity of
+                experts: none is dropped. A cache implies it.
 
         Raises:
-            InputError: more tokens than `config.max_seq_len`.
+            InputError: more tokens than `config.max_seq_len`; expert choice while decoding.
         """
         length = tokens_BL.shape[1]
         if length > self.config.max_seq_len:
@@ -117,7 +125,7 @@ class Transformer(nn.Module):
         rotary = (cos.to(hidden_BLD.dtype), sin.to(hidden_BLD.dtype))
         stats = []
         for block in self.blocks:
-            hidden_BLD, layer_stats = block(hidden_BLD, rotary, mask, cache)
+            hidden_BLD, layer_stats = block(hidden_BLD, rotary, mask, cache, decoding or cache is not None)
             if layer_stats is not None:
                 stats.append(layer_stats)
         if cache is not None:
