@@ -60,8 +60,10 @@ def _runner(verb: str) -> Callable[[Sequence[str]], None]:
 
 def _run_trainer(arguments: Sequence[str]) -> None:
     _prepare_process()
+    from app.allocator import keep_pages
     from app.training import run
 
+    keep_pages()
     run(arguments)
 
 

@@ -47,15 +47,18 @@ class RoutedExperts(nn.Module):
         self.experts = Experts(config.moe.num_experts, config.dim, config.expert_size)
         self.shared = FeedForward(config.dim, config.shared_size) if config.shared_size else None
         self.shared_gate = nn.Linear(config.dim, 1, bias=False) if config.moe.shared_gate else None
-        bias_E = torch.zeros(config.moe.num_experts) if config.moe.router.bias_update_rate else None
+        bias_E = (
+            torch.zeros(config.moe.num_experts, dtype=torch.float32) if config.moe.router.bias_update_rate else None
+        )
         self.register_buffer("selection_bias_E", bias_E)
         self.dispatcher = LocalDispatcher()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RoutedExperts":
         """The bias stays in float32 when the layer is cast: its steps are too small for bfloat16."""
+        before_E = self.selection_bias_E
         super()._apply(fn, recurse)
-        if self.selection_bias_E is not None:
-            self.selection_bias_E = self.selection_bias_E.float()
+        if before_E is not None and self.selection_bias_E is not None and self.selection_bias_E.dtype != before_E.dtype:
+            self.selection_bias_E = before_E.to(self.selection_bias_E.device)
         return self
 
     def forward(self, hidden_BLD: Tensor, decoding: bool = False) -> tuple[Tensor, RoutingStats]:
@@ -87,11 +90,10 @@ class RoutedExperts(nn.Module):
             return self._route_chosen(logits_TE, scores_TE, probabilities_TE, seq_len, decoding)
         choice = routing.choose_experts(scores_TE, moe, self.selection_bias_E)
         dropped_K = scores_TE.new_zeros(moe.top_k)
-        group_size = seq_len
+        group_size = self._group_size(num_tokens, seq_len)
         if moe.capacity is None or decoding or not (self.training or moe.capacity.at_evaluation):
             plan = dispatch_all(choice, moe.num_experts, row_multiple(self.experts.gate))
         else:
-            group_size = self._group_size(num_tokens, seq_len)
             slots = moe.capacity.slots(group_size, moe.num_experts)
             positions_TK = routing.queue_positions(choice.expert_ids_TK, moe.num_experts, group_size)
             plan = dispatch_to_slots(choice, positions_TK, moe.num_experts, group_size, slots)
@@ -119,11 +121,10 @@ class RoutedExperts(nn.Module):
         return plan, _stats(logits_TE, probabilities_TE, fractions_GE, plan.counts_E, missed_K)
 
     def _group_size(self, num_tokens: int, seq_len: int) -> int:
-        """Tokens of a capacity group."""
-        assert self.moe.capacity is not None
+        """Tokens of a group; a sequence where nothing else is configured, or where that does not divide the tokens."""
         if self.training:
             check_groups(self.moe, num_tokens)
-        size = self.moe.capacity.group_size or seq_len
+        size = (self.moe.capacity.group_size if self.moe.capacity else None) or seq_len
         return seq_len if num_tokens % size else size
 
     def _shared_output(self, hidden_TD: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
-"""Layers written for reading: loops over heads, positions and experts."""
+"""Layers written for reading: loops over heads and positions."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modules.layers.attention import Attention
-from modules.layers.experts import RoutedExperts
 
 
 def attention(
@@ -40,24 +38,3 @@ def _turn(heads_LC: Tensor, theta: float, start: int) -> Tensor:
     angle = torch.outer(torch.arange(start, start + length, dtype=torch.float64), frequency)
     turned = pairs * torch.polar(torch.ones_like(angle), angle).to(pairs.dtype)
     return torch.cat((turned.real, turned.imag), dim=-1)
-
-
-def routed_experts(layer: RoutedExperts, hidden_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, balance loss and z-loss of dropless top-k routing: a loop over tokens and their experts."""
-    rows = hidden_BLD.flatten(0, 1)
-    logits = rows @ layer.router.weight.T
-    probabilities = logits.softmax(-1)
-    num_experts = logits.shape[1]
-    output, counts = [], torch.zeros(num_experts, dtype=rows.dtype)
-    for row, p in zip(rows, probabilities, strict=True):
-        chosen = sorted(range(num_experts), key=lambda e: -p[e].item())[: layer.moe.top_k]
-        total = sum(p[e] for e in chosen) if layer.moe.renormalize else 1.0
-        mixed = torch.zeros_like(row)
-        for e in chosen:
-            counts[e] += 1
-            hidden = F.silu(row @ layer.experts.gate[e]) * (row @ layer.experts.up[e])
-            mixed = mixed + p[e] / total * (hidden @ layer.experts.down[e])
-        output.append(mixed)
-    balance = num_experts * (counts / counts.sum() * probabilities.mean(0)).sum()
-    z = torch.stack([torch.log(row.exp().sum()) ** 2 for row in logits]).mean()
-    return torch.stack(output).view_as(hidden_BLD), balance, z

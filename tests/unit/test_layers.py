@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from modules.config import ModelConfig
 from modules.errors import InputError
+from modules.functional.attention import _BlockwiseAttention
 from modules.layers.attention import Attention, KVCache, rotary_angles
-from modules.layers.experts import RoutedExperts
 from modules.layers.grouped import grouped_linear
 from modules.layers.transformer import Transformer, document_mask
 from modules.moe_config import MoEConfig
@@ -56,41 +57,6 @@ def test_attention_is_the_reference(kv: int, length: int, masked: bool, bias: bo
         torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[torch.float64])
 
 
-@given(
-    tokens=st.integers(1, 9),
-    num_experts=st.integers(1, 6),
-    top_k=st.integers(1, 3),
-    renormalize=st.booleans(),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
-    lopsided=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_routed_experts_are_the_reference(
-    tokens: int, num_experts: int, top_k: int, renormalize: bool, dtype: torch.dtype, lopsided: bool, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    moe = MoEConfig(num_experts, min(top_k, num_experts), expert_dim=24, renormalize=renormalize)
-    layer = randomize(RoutedExperts(ModelConfig(vocab_size=8, dim=16, num_heads=2, moe=moe)), dtype)
-    hidden = torch.randn(1, tokens, 16, dtype=dtype)
-    if lopsided:  # every token goes to the same experts: the others get no row
-        hidden = hidden.abs()
-        with torch.no_grad():
-            layer.router.weight.copy_(torch.arange(num_experts, 0, -1)[:, None].to(dtype).expand(-1, 16) / 16)
-    hidden.requires_grad_()
-    out, stats = layer(hidden)
-    want, balance, z = reference.routed_experts(layer, hidden)
-    close = {"rtol": 10 * TOLERANCE[dtype], "atol": 10 * TOLERANCE[dtype]}
-    torch.testing.assert_close(out, want, **close)
-    torch.testing.assert_close(stats.balance_loss, balance, **close)
-    torch.testing.assert_close(stats.z_loss, z, **close)
-    assert stats.tokens_per_expert_E.sum() == tokens * moe.top_k
-    probe = torch.randn_like(out)
-    got = gradients((out * probe).sum() + stats.balance_loss + stats.z_loss, layer, hidden)
-    expected = gradients((want * probe).sum() + balance + z, layer, hidden)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, **close)
-
-
 def test_experts_without_rows_get_zero_gradient() -> None:
     weight = torch.randn(3, 8, 8, requires_grad=True)
     rows = torch.randn(4, 8, requires_grad=True)
@@ -98,18 +64,6 @@ def test_experts_without_rows_get_zero_gradient() -> None:
     assert weight.grad is not None
     assert weight.grad[0].abs().max() == 0 and weight.grad[2].abs().max() == 0
     assert weight.grad[1].abs().max() > 0
-
-
-def test_router_stays_in_float32_under_autocast() -> None:
-    torch.manual_seed(0)
-    layer = RoutedExperts(ModelConfig(vocab_size=8, dim=16, num_heads=2, moe=MoEConfig(4, 2)))
-    randomize(layer, torch.float32)
-    hidden = torch.randn(1, 5, 16)
-    _, plain = layer(hidden)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, stats = layer(hidden)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(stats.z_loss, plain.z_loss, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("moe", [None, MoEConfig(4, 2)])
@@ -154,3 +108,28 @@ def test_too_long_a_sequence_is_refused() -> None:
     network = Transformer(ModelConfig(vocab_size=30, dim=16, num_layers=1, num_heads=2, max_seq_len=4))
     with pytest.raises(InputError, match="sequence of 5 tokens is longer than max_seq_len=4"):
         network(torch.zeros(1, 5, dtype=torch.long))
+
+
+@given(
+    length=st.integers(1, 40),
+    block=st.integers(1, 16),
+    kv=st.sampled_from([1, 2, 4]),
+    masked=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_blockwise_attention_is_the_kernel(
+    length: int, block: int, kv: int, masked: bool, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    shapes = ((2, 4, length, 6), (2, kv, length, 6), (2, kv, length, 6))
+    wide = [torch.randn(shape).to(dtype).double().requires_grad_() for shape in shapes]
+    narrow = [tensor.detach().to(dtype).requires_grad_() for tensor in wide]
+    mask = document_mask(torch.randint(0, 2, (2, length)).cumsum(1)) if masked else None
+    want = F.scaled_dot_product_attention(*wide, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    got = _BlockwiseAttention.apply(*narrow, mask, block)
+    probe = torch.randn_like(want).to(dtype)
+    gradients_wanted = torch.autograd.grad(want, wide, probe.double())
+    for a, b in zip((got, *torch.autograd.grad(got, narrow, probe)), (want, *gradients_wanted), strict=True):
+        error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1.0)
+        assert error < 2 * TOLERANCE[dtype]
