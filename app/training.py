@@ -36,10 +36,12 @@ from modules.files import replace_file
 from modules.jsonl import append_jsonl
 from modules.language_model import LanguageModel
 from modules.mixture import MoELM  # noqa: F401
+from modules.moe_config import check_groups
 
 VOCABULARY = "model.init_args.architecture.vocab_size"
 CONFIGURABLE = {
     "throughput": Throughput,
+    "expert_load": ExpertLoad,
     "growth": Growth,
     "evaluation": LMEvaluation,
     "console": Console,
@@ -93,7 +95,7 @@ class TrainingCLI(LightningCLI):
         training = [
             TrainingLog(),
             parts["throughput"],
-            ExpertLoad(),
+            parts["expert_load"],
             self.growth,
             self.stopper,
             parts["evaluation"],
@@ -126,7 +128,10 @@ class TrainingCLI(LightningCLI):
         metadata = self._restore_shape(chosen)
         tokens_per_step = self.datamodule.batch_size * self.datamodule.seq_len * self.trainer.world_size
         tokens_per_step *= self.trainer.accumulate_grad_batches
-        self.growth.check(self.model.initial_architecture, max_steps, tokens_per_step, self.model.applied_transitions)
+        start, applied = self.model.initial_architecture, self.model.applied_transitions
+        architectures = self.growth.check(start, max_steps, tokens_per_step, applied)
+        for architecture in architectures:
+            check_groups(architecture.moe, self.datamodule.batch_size * self.datamodule.seq_len)
         if metadata and metadata["step"] > max_steps:
             raise InputError(
                 f"trainer.max_steps={max_steps} is below the checkpoint's step {metadata['step']}; raise it"
@@ -135,7 +140,7 @@ class TrainingCLI(LightningCLI):
         if metadata:
             self.datamodule.trainer = self.trainer
             self.datamodule.load_state_dict(metadata["data_position"])
-        self._get(self.config_init, "evaluation").prepare(self.datamodule)
+        self._get(self.config_init, "evaluation").prepare(self.datamodule, architectures)
         for path in damaged:
             sys.stderr.write(f"growmoe fit: checkpoint {path} is damaged and passed over\n")
         self._open_run(run_dir, chosen, metadata)

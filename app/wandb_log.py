@@ -1,6 +1,7 @@
 """Weights & Biases: a mirror of the run's metrics that can never end the run."""
 
 import importlib.util
+import io
 import netrc
 import os
 import warnings
@@ -8,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 START_TIMEOUT_S = 10
 """Seconds that an unreachable server may hold up the start."""
+LOAD_PICTURE = "moe/final_load"
+"""Name of the heat map of experts that ends a run."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,6 @@ def start_wandb(settings: WandbSettings, run_dir: Path, run_id: str | None, conf
 
 def _start(settings: WandbSettings, run_dir: Path, run_id: str | None, config: dict[str, Any], offline: bool) -> Logger:
     import wandb
-    from lightning.pytorch.loggers import WandbLogger
 
     run_dir.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
@@ -62,7 +65,42 @@ def _start(settings: WandbSettings, run_dir: Path, run_id: str | None, config: d
     )
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=run)
+    return Mirror(run, run_dir)
+
+
+class Mirror(WandbLogger):
+    """Lightning's logger, which ends a run with the picture of its experts' load, where it had experts."""
+
+    def __init__(self, run: Any, run_dir: Path) -> None:
+        super().__init__(experiment=run)
+        self._run_dir = run_dir
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Draw from the logs of the run directory; what goes wrong there is a warning."""
+        super().finalize(status)
+        if status != "success":
+            return
+        try:
+            self._log_load()
+        except Exception as error:
+            message = f"the picture of the experts' load was not logged to Weights & Biases: {error}"
+            warnings.warn(message, stacklevel=2)
+
+    def _log_load(self) -> None:
+        from PIL import Image
+
+        from app.report.data import load_run
+        from app.report.drawing import drawing_style, png_bytes
+        from app.report.heatmaps import final_map
+        from app.report.load import read_load
+
+        final = read_load(load_run(self._run_dir)).final()
+        if final is None:
+            return
+        with drawing_style():
+            picture = Image.open(io.BytesIO(png_bytes(final_map(final))))
+        self.log_image(LOAD_PICTURE, [picture], step=final.last_step, caption=[final.summary()])
 
 
 def _has_key() -> bool:

@@ -204,7 +204,7 @@ class LanguageModel(pl.LightningModule):
         if moe is not None and moe.router.bias_update_rate and counts_NE is not None:
             with torch.no_grad():
                 for layer, counts_E in zip(self._net.routed_layers(), counts_NE, strict=True):
-                    bias_E = layer.selection_bias_E
+                    bias_E = layer.router.selection_bias_E
                     assert bias_E is not None
                     bias_E.copy_(moved_bias(bias_E, counts_E, moe.router.bias_update_rate))
         self._step_counts_NE = None

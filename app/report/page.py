@@ -3,9 +3,10 @@
 from html import escape
 from typing import TYPE_CHECKING
 
-from app.report import plots, tables
+from app.report import heatmaps, plots, tables
 from app.report.data import RunData
 from app.report.drawing import drawing_style, to_svg
+from app.report.load import read_load
 from app.report.theme import STYLE
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """what a browser may load for the page: nothing"""
 
 SYNTHETIC = "data: trained and measured on an invented bilingual world that the project makes itself; not real text."
-OPEN_LAYERS = 8
-"""routed layers whose heat maps show at once"""
+MAX_MAPS = 8
+"""routed layers that have a heat map over the run"""
 
 
 def render_page(data: RunData) -> str:
@@ -78,23 +79,26 @@ def _machinery(data: RunData) -> list[str]:
 
 
 def _experts(data: RunData) -> str:
-    note = "share of tokens / ideal share: 1 is even, 0 unused, 2 twice the ideal or more"
-    maps = [
-        _figure(plots.expert_load(data, layer), f"load{number}", f"Experts of layer {layer}", note)
-        for number, layer in enumerate(plots.expert_layers(data))
+    figures = [
+        _figure(plots.load_variation(data), "variation", "Spread of load", "coefficient of variation; 0 is even"),
+        _figure(plots.load_peak(data), "peak", "Busiest expert", "its load / an even share; 1 is even"),
+        _figure(plots.router(data), "router", "Routers", "entropy of a token's probabilities; size of the logits"),
+        _figure(plots.dropped(data), "dropped", "Dropped choices", "share of the choices that found no slot"),
     ]
-    balance = [
-        _figure(
-            plots.load_variation(data),
-            "variation",
-            "Spread of load",
-            "coefficient of variation over experts; 0 is even",
-        ),
-        _figure(plots.load_peak(data), "peak", "Busiest expert", "its load / the ideal share; 1 is even"),
-    ]
-    shown = _plots([*balance, *maps[:OPEN_LAYERS]])
-    rest = _plots(maps[OPEN_LAYERS:])
-    return shown + (_folded(f"{len(maps) - OPEN_LAYERS} more layers", rest) if rest else "")
+    log = read_load(data)
+    final = log.final()
+    if final is None:
+        return _plots(figures)
+    note = f"{final.summary()} Colour: load / even share; black cross: no token"
+    figures.append(_figure(heatmaps.final_map(final), "load", "Load of every expert at the end", note))
+    shown = log.layers if len(log.layers) <= MAX_MAPS else final.telling_layers(MAX_MAPS)
+    for number, layer in enumerate(shown):
+        about = "; ".join(filter(None, ["load / even share over the run", final.layer_summary(layer)]))
+        picture = heatmaps.map_over_time(data, log.over_time(layer), final.dead(layer))
+        figures.append(_figure(picture, f"load{number}", f"Experts of layer {layer}", about))
+    few = f"Over the run: {len(shown)} of {len(log.layers)} layers, the most uneven ones and some evenly spaced."
+    about_few = f"<p class=soft>{few}</p>" if len(shown) < len(log.layers) else ""
+    return _plots(figures) + about_few + _folded("Load by layer at the end, in numbers", tables.load_table(final))
 
 
 def _details(data: RunData) -> str:

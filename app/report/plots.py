@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from app.report import words
-from app.report.data import Record, RunData, Series
+from app.report.data import RunData, Series
 from app.report.drawing import color_at, finish, legend_below, line, new_figure, plain, smooth_line, use_log_scale
-from app.report.theme import INK, LOAD_COLORS, SOFT
+from app.report.theme import INK, SOFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,38 +74,18 @@ def load_peak(data: RunData) -> "Figure | None":
     return _panels(data, [((name, "max / ideal", color_at(1)),)], ("max / ideal",), smooth=(name,))
 
 
-def expert_layers(data: RunData) -> list[str]:
-    """The routed layers that logged their load, in order."""
-    names = {str(name) for record in data.expert_load for name in _layers(record)}
-    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+def router(data: RunData) -> "Figure | None":
+    """What the routers' probabilities look like: entropy above the size of the logits."""
+    names = ("moe/entropy", "moe/logit_rms")
+    panels = [((names[0], "entropy", color_at(2)),), ((names[1], "logit RMS", color_at(4)),)]
+    return _panels(data, panels, ("entropy, nats", "logit RMS"), smooth=names)
 
 
-def expert_load(data: RunData, layer: str) -> "Figure":
-    """Share of a layer's tokens per expert over the run, as a heat map around the ideal share."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    shown = [
-        (data.x_of(r), np.asarray(_layers(r)[layer], dtype=float)) for r in data.expert_load if layer in _layers(r)
-    ]
-    centres = np.array([x for x, _ in shown])
-    ratios = np.full((max(len(shares) for _, shares in shown), len(shown)), np.nan)
-    for column, (_, shares) in enumerate(shown):
-        ratios[: len(shares), column] = shares * len(shares)
-    figure, (axes,) = new_figure((1.1 + 0.1 * min(len(ratios), 16),))
-    image = axes.pcolormesh(
-        _edges(centres), np.arange(len(ratios) + 1) - 0.5, ratios,
-        cmap=LinearSegmentedColormap.from_list("load", LOAD_COLORS), vmin=0, vmax=2, rasterized=True,
-    )  # fmt: skip
-    bar = figure.colorbar(image, ax=axes, extend="max", ticks=[0, 1, 2], pad=0.02, aspect=12)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-    axes.set_ylabel("expert")
-    axes.set_yticks(np.unique(np.linspace(0, len(ratios) - 1, min(len(ratios), 8)).round()))
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    before = [data.x_of(t) for t in data.transitions if data.x_of(t) <= centres[0]]
-    finish(data, [axes], legend=False, start=max(before, default=_edges(centres)[0]))
-    return figure
+def dropped(data: RunData) -> "Figure | None":
+    """Share of first and second choices that found no slot."""
+    names = ("moe/dropped_first", "moe/dropped_second")
+    lines = [(name, label, color_at(i)) for i, (name, label) in enumerate(zip(names, ("first", "second"), strict=True))]
+    return _panels(data, [lines], ("share dropped",), smooth=names, from_zero=True)
 
 
 def overview(data: RunData) -> "Figure | None":
@@ -217,19 +197,6 @@ def _short_ticks(value: float, _: float) -> str:
     if value == 0:
         return "0"
     return words.short(value) if abs(value) >= 0.01 else f"{value:.3g}"
-
-
-def _layers(record: Record) -> dict[str, list[float]]:
-    layers = record.get("layers")
-    return layers if isinstance(layers, dict) else {}
-
-
-def _edges(centres: np.ndarray) -> np.ndarray:
-    """Borders between cells around ascending centres."""
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[centres[0] - (middle[0] - centres[0])], middle, [centres[-1] + (centres[-1] - middle[-1])]])
 
 
 def _height_with_legend(tasks: Sequence[str]) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from app.report import words
 from app.report.data import Record, RunData, Score, Series, scores
+from app.report.load import FinalLoad, named
 
 TIME_COLUMNS = {"perf/accelerator_s": "Accelerator time", "perf/wall_s": "Wall time"}
 """metrics that hold the seconds a run has taken so far"""
@@ -47,6 +48,18 @@ def evaluation_tables(data: RunData) -> tuple[str, str]:
     left = (0, 1, 9)
     note = f"{', '.join(facts)}. The mark on a bar is chance."
     return _table(head, asked, note, left), _table(head, others, left=left) if others else ""
+
+
+def load_table(final: FinalLoad) -> str:
+    """The final load of each routed layer."""
+    rows = []
+    for n, layer in enumerate(final.layers):
+        busiest, dead = int(np.nanargmax(final.ratios_NE[n])), final.dead(layer)
+        numbers = (f"{value:.3f}" for value in (final.cv_N[n], final.peak_N[n], final.least_N[n]))
+        experts = int(np.isfinite(final.ratios_NE[n]).sum())
+        rows.append([escape(layer), str(experts), *numbers, str(busiest), str(len(dead)), named(dead) if dead else "–"])
+    head = ("layer", "experts", "load CV", "busiest / even", "least / even", "busiest expert", "dead", "without tokens")
+    return _table(head, rows, f"{final.span()}. Layers and experts are counted from 0.", left=(0, 7))
 
 
 def metrics_table(data: RunData) -> str:

@@ -41,8 +41,15 @@ INK, SOFT, LINE, CARD, MARK = (LIGHT[name] for name in ("ink", "soft", "line", "
 SERIES = tuple(LIGHT[f"c{i}"] for i in range(8))
 """colours of lines that share a panel"""
 
-LOAD_COLORS = ("#2563b8", "#eef0f3", "#c2410c")
-"""expert load: starved, at its ideal share, overloaded"""
+LOAD_COLORS = (
+    "#143c8b", "#2d67be", "#5d97df", "#a0c5ee", "#eff0f2", "#e6b691", "#d47a41", "#af4203", "#7b1800",
+)  # fmt: skip
+"""expert load from a quarter of an even share over an even one to four times: equal steps of OKLab lightness on both
+sides, blue against orange, which every kind of colour vision tells apart"""
+DEAD_COLOR = "#000001"
+"""an expert without a token"""
+LOAD_TEXT = ("#101418", "#fdfdfd")
+"""on light and on dark cells, in every theme (no value of a theme, which would become a variable)"""
 
 
 def _variables(colors: dict[str, str]) -> str:

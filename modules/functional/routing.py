@@ -152,6 +152,25 @@ def mean_entropy(probabilities_TE: Tensor) -> Tensor:
     return torch.special.entr(probabilities_TE).sum(dim=-1).mean()
 
 
+def stats_of(
+    logits_TE: Tensor, probabilities_TE: Tensor, fractions_GE: Tensor, counts_E: Tensor, dropped_K: Tensor
+) -> RoutingStats:
+    """Put together what a layer reports; the probabilities are averaged within the groups of the fractions."""
+    groups_GSE = probabilities_TE.unflatten(0, (len(fractions_GE), -1))
+    with torch.no_grad():
+        entropy = mean_entropy(probabilities_TE)
+        logit_rms = logits_TE.square().mean().sqrt()
+    return RoutingStats(
+        probabilities_GE=groups_GSE.mean(dim=1),
+        fractions_GE=fractions_GE.to(probabilities_TE.dtype),
+        z_loss=z_loss(logits_TE),
+        tokens_per_expert_E=counts_E,
+        dropped_K=dropped_K,
+        entropy=entropy,
+        logit_rms=logit_rms,
+    )
+
+
 def moved_bias(bias_E: Tensor, tokens_per_expert_E: Tensor, rate: float) -> Tensor:
     """The selection bias after a step: up by `rate` for experts below the mean load, down for those above.
 

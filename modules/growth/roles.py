@@ -61,7 +61,7 @@ _BLOCK_AXES: dict[str, tuple[Axis, ...]] = {
     "feed_forward.up.weight": (Axis.HIDDEN_OUT, Axis.RESIDUAL_IN),
     "feed_forward.down.weight": (Axis.RESIDUAL_OUT, Axis.HIDDEN_IN),
     "feed_forward.router.weight": (Axis.EXPERT, Axis.RESIDUAL_IN),
-    "feed_forward.selection_bias_E": (Axis.EXPERT,),
+    "feed_forward.router.selection_bias_E": (Axis.EXPERT,),
     "feed_forward.shared_gate.weight": (Axis.UNIT, Axis.RESIDUAL_IN),
     "feed_forward.shared.gate.weight": (Axis.SHARED_HIDDEN_OUT, Axis.RESIDUAL_IN),
     "feed_forward.shared.up.weight": (Axis.SHARED_HIDDEN_OUT, Axis.RESIDUAL_IN),

@@ -24,7 +24,7 @@ _EXPERT_PARTS = {
     "feed_forward.experts.down": "feed_forward.down.weight",
 }
 _ROUTER = "feed_forward.router.weight"
-_BIAS = "feed_forward.selection_bias_E"
+_BIAS = "feed_forward.router.selection_bias_E"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Twin:
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a layer of transformers (weights or gradients) under our names, in our layout."""
-    names = {"gate.weight": "router.weight", "gate.e_score_correction_bias": "selection_bias_E"}
+    names = {"gate.weight": "router.weight", "gate.e_score_correction_bias": "router.selection_bias_E"}
     names["shared_expert_gate.weight"] = "shared_gate.weight"
     for part in ("gate", "up", "down"):
         for shared in ("shared_expert", "shared_experts"):
@@ -170,8 +170,8 @@ def test_balance_loss_is_that_of_transformers(name: str, seed: int) -> None:
     hidden = make_hidden(torch.float32)
     model = importlib.import_module(f"transformers.models.{twin.model}.modeling_{twin.model}")
     logits, _, _ = block.gate(hidden.flatten(0, 1))
-    want = model.load_balancing_loss_func((logits,), NUM_EXPERTS, layer.moe.top_k)
-    got = layer.moe.top_k * layer(hidden)[1].balance_loss
+    want = model.load_balancing_loss_func((logits,), NUM_EXPERTS, layer.router.moe.top_k)
+    got = layer.router.moe.top_k * layer(hidden)[1].balance_loss
     assert_close(got, want, "balance")
     theirs = torch.autograd.grad(want, [hidden, block.gate.weight])
     ours = torch.autograd.grad(got, [hidden, layer.router.weight])

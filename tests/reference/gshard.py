@@ -37,7 +37,7 @@ def gshard_top_2(layer: RoutedExperts, hidden_BLD: Tensor, shape_OGS: tuple[int,
     x_OGSD = hidden_BLD.reshape(*shape_OGS, -1)
     wide = torch.float64 if x_OGSD.dtype == torch.float64 else torch.float32
     logits_OGSE = torch.einsum("ogsd,ed->ogse", x_OGSD.to(wide), layer.router.weight.to(wide))
-    cap = layer.moe.router.soft_cap
+    cap = layer.router.moe.router.soft_cap
     if cap is not None:
         logits_OGSE = cap * torch.tanh(logits_OGSE / cap)
     p_OGSE = torch.softmax(logits_OGSE, dim=-1)

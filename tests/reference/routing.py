@@ -26,7 +26,7 @@ class Routed:
 
 def routed_experts(layer: RoutedExperts, hidden_BLD: Tensor, decoding: bool = False) -> Routed:
     """Follow each token (or, under expert choice, each expert) through the layer."""
-    moe, batch, length = layer.moe, *hidden_BLD.shape[:2]
+    moe, batch, length = layer.router.moe, *hidden_BLD.shape[:2]
     rows = hidden_BLD.flatten(0, 1)
     logits = [router_logits(layer, row) for row in rows]
     z = sum(torch.log(row.exp().sum()) ** 2 for row in logits) / len(rows)
@@ -67,7 +67,7 @@ def _chosen_by_experts(
     group_size: int,
 ) -> Routed:
     """Each expert takes the tokens of a group that score highest for it, as many as it has slots."""
-    moe, rows = layer.moe, hidden_BLD.flatten(0, 1)
+    moe, rows = layer.router.moe, hidden_BLD.flatten(0, 1)
     scores = [expert_scores(layer, row) for row in logits]
     takes: list[list[int]] = [[] for _ in rows]  # by token
     for start in range(0, len(rows), group_size):
@@ -98,13 +98,13 @@ def router_logits(layer: RoutedExperts, row: Tensor) -> Tensor:
     """One token's logits, in float32 or wider, squeezed by the soft cap."""
     wide = torch.float64 if row.dtype == torch.float64 else torch.float32
     logits = layer.router.weight.to(wide) @ row.to(wide)
-    cap = layer.moe.router.soft_cap
+    cap = layer.router.moe.router.soft_cap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def expert_scores(layer: RoutedExperts, logits: Tensor) -> Tensor:
     """What experts are ranked by: sigmoids, or the softmax over all experts."""
-    if layer.moe.router.score == "sigmoid":
+    if layer.router.moe.router.score == "sigmoid":
         return 1 / (1 + torch.exp(-logits))
     return torch.exp(logits) / torch.exp(logits).sum()
 
@@ -117,20 +117,20 @@ def expert_probabilities(layer: RoutedExperts, logits: Tensor) -> Tensor:
 
 def chosen_experts(layer: RoutedExperts, logits: Tensor) -> list[int]:
     """The k experts of highest score plus selection bias, best first, inside the best groups of experts."""
-    router = layer.moe.router
+    router = layer.router.moe.router
     wanted = expert_scores(layer, logits).tolist()
-    if layer.selection_bias_E is not None:
-        wanted = [score + bias for score, bias in zip(wanted, layer.selection_bias_E.tolist(), strict=True)]
+    if layer.router.selection_bias_E is not None:
+        wanted = [score + bias for score, bias in zip(wanted, layer.router.selection_bias_E.tolist(), strict=True)]
     size = len(wanted) // router.expert_groups
     groups = [range(first, first + size) for first in range(0, len(wanted), size)]
     groups.sort(key=lambda group: -sum(sorted((wanted[e] for e in group), reverse=True)[:2]))
     allowed = [e for group in groups[: router.top_groups] for e in group]
-    return sorted(allowed, key=lambda e: (-wanted[e], e))[: layer.moe.top_k]
+    return sorted(allowed, key=lambda e: (-wanted[e], e))[: layer.router.moe.top_k]
 
 
 def chosen_gates(layer: RoutedExperts, logits: Tensor, chosen: list[int]) -> list[Tensor]:
     """The weights of the chosen experts' outputs."""
-    moe = layer.moe
+    moe = layer.router.moe
     scores = expert_scores(layer, logits)
     if moe.router.score == "softmax_of_top_k":
         total = sum(torch.exp(logits[e]) for e in chosen)
@@ -148,9 +148,9 @@ def chosen_gates(layer: RoutedExperts, logits: Tensor, chosen: list[int]) -> lis
 
 def slots(layer: RoutedExperts, group_size: int) -> int:
     """Slots of an expert in a group; four are the smallest unit where rounding is 4 and there is more than one."""
-    capacity = layer.moe.capacity
+    capacity = layer.router.moe.capacity
     assert capacity is not None
-    number = int(group_size * capacity.factor / layer.moe.num_experts)
+    number = int(group_size * capacity.factor / layer.router.moe.num_experts)
     if number <= 1:
         return 1
     while number % capacity.rounding:
@@ -160,7 +160,7 @@ def slots(layer: RoutedExperts, group_size: int) -> int:
 
 def tokens_per_group(layer: RoutedExperts, num_tokens: int, seq_len: int) -> int:
     """The configured size where it divides the tokens; else (in evaluation) a sequence."""
-    size = None if layer.moe.capacity is None else layer.moe.capacity.group_size
+    size = None if layer.router.moe.capacity is None else layer.router.moe.capacity.group_size
     return seq_len if size is None or num_tokens % size else size
 
 

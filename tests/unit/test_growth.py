@@ -34,8 +34,8 @@ EXACT = 1e-10
 def make(config: ModelConfig, std: float = 0.3) -> Transformer:
     network = randomize(Transformer(config), torch.float64, std)
     for layer in network.routed_layers():
-        if layer.selection_bias_E is not None:
-            layer.selection_bias_E.normal_(std=0.1)
+        if layer.router.selection_bias_E is not None:
+            layer.router.selection_bias_E.normal_(std=0.1)
     return network
 
 

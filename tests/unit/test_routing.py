@@ -37,8 +37,8 @@ def make_layer(moe: MoEConfig, dtype: torch.dtype = torch.float64, lopsided: boo
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.4)
-        if layer.selection_bias_E is not None:
-            layer.selection_bias_E.normal_(std=0.2)
+        if layer.router.selection_bias_E is not None:
+            layer.router.selection_bias_E.normal_(std=0.2)
         if lopsided:
             falling = torch.arange(moe.num_experts, 0, -1, dtype=dtype)
             layer.router.weight.copy_(falling[:, None].expand(-1, DIM) / DIM)
@@ -183,7 +183,7 @@ def test_groups_of_experts_are_the_reference(groups: int, top_groups: int, top_k
     router = RouterConfig(score=score, bias_update_rate=1e-3, expert_groups=groups, top_groups=top_groups)
     layer, hidden = make_layer(MoEConfig(8, top_k, expert_dim=24, router=router)), make_hidden(2, 16)
     assert_is(layer, hidden, loops.routed_experts(layer, hidden))
-    freely = make_layer(replace(layer.moe, router=RouterConfig(score=score, bias_update_rate=1e-3)))
+    freely = make_layer(replace(layer.router.moe, router=RouterConfig(score=score, bias_update_rate=1e-3)))
     freely.load_state_dict(layer.state_dict())
     assert torch.equal(freely(hidden)[0], layer(hidden)[0]) == (groups == 8)  # a group of one is an expert
 
@@ -275,7 +275,7 @@ def test_decoding_and_evaluation_drop_nothing_unless_asked(router: RouterConfig,
     assert not stats.dropped_K.any() and not torch.allclose(cut, whole)
     layer.eval()
     assert torch.equal(layer(hidden)[0], whole)
-    layer.moe = replace(layer.moe, capacity=replace(tight, at_evaluation=True))
+    layer.router.moe = replace(layer.router.moe, capacity=replace(tight, at_evaluation=True))
     assert torch.equal(layer(hidden)[0], cut) and torch.equal(layer(hidden, decoding=True)[0], whole)
 
 
@@ -329,7 +329,7 @@ def test_bfloat16_is_close_to_float32(options: dict[str, Any], autocast: bool) -
     torch.manual_seed(0)
     layer = make_layer(MoEConfig(8, 2, expert_dim=24, **options), torch.bfloat16)
     hidden = make_hidden(2, 16, torch.bfloat16)
-    wide, wide_hidden = make_layer(layer.moe, torch.float32), hidden.detach().float().requires_grad_()
+    wide, wide_hidden = make_layer(layer.router.moe, torch.float32), hidden.detach().float().requires_grad_()
     wide.load_state_dict(layer.state_dict())
     want, plain = wide(wide_hidden)
     low, low_hidden = (wide, wide_hidden) if autocast else (layer, hidden)
@@ -347,15 +347,15 @@ def test_bfloat16_is_close_to_float32(options: dict[str, Any], autocast: bool) -
 
 def test_selection_bias_stays_in_float32() -> None:
     layer = make_layer(MoEConfig(4, 2, router=RouterConfig(bias_update_rate=1e-3)), torch.float32)
-    assert layer.selection_bias_E is not None
+    assert layer.router.selection_bias_E is not None
     bias_E = torch.tensor([1.001, -0.999, 0.0, 1e-3])
-    layer.selection_bias_E.copy_(bias_E)
+    layer.router.selection_bias_E.copy_(bias_E)
     for dtype in (torch.bfloat16, torch.float64, torch.float16):
         layer.to(dtype)
-        assert layer.router.weight.dtype == dtype and layer.selection_bias_E.dtype == torch.float32
-        assert torch.equal(layer.selection_bias_E, bias_E)
-    assert torch.equal(layer.state_dict()["selection_bias_E"], bias_E)
-    assert "selection_bias_E" not in dict(layer.named_parameters())
+        assert layer.router.weight.dtype == dtype and layer.router.selection_bias_E.dtype == torch.float32
+        assert torch.equal(layer.router.selection_bias_E, bias_E)
+    assert torch.equal(layer.state_dict()["router.selection_bias_E"], bias_E)
+    assert "router.selection_bias_E" not in dict(layer.named_parameters())
 
 
 def test_bias_moves_towards_an_even_load() -> None:

@@ -125,7 +125,7 @@ class Watched(MoELM):
 
     def biases(self) -> list[Tensor]:
         layers = self.network.routed_layers()
-        return [layer.selection_bias_E.clone() for layer in layers if layer.selection_bias_E is not None]
+        return [layer.router.selection_bias_E.clone() for layer in layers if layer.router.selection_bias_E is not None]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         outputs = super().training_step(batch, batch_idx)
@@ -195,7 +195,7 @@ def plain_training(network: Transformer, moe: MoEConfig, steps: Iterable[list[in
         for layer, counts in zip(network.routed_layers(), totals, strict=True):
             for e, count in enumerate(counts if moe.router.bias_update_rate else []):
                 even = sum(counts) / len(counts)
-                layer.selection_bias_E[e] += moe.router.bias_update_rate * ((count < even) - (count > even))
+                layer.router.selection_bias_E[e] += moe.router.bias_update_rate * ((count < even) - (count > even))
     return losses
 
 
@@ -261,7 +261,7 @@ def test_bias_moves_once_a_step_and_after_it(accumulate: int) -> None:
     assert len(module.biases_in_step) == MAX_STEPS
     assert all(torch.equal(a, b) for a, b in zip(module.biases(), before, strict=True))
     for layer, bias_E in zip((0, 2), before, strict=True):
-        assert torch.equal(module.state_dict()[f"network.blocks.{layer}.feed_forward.selection_bias_E"], bias_E)
+        assert torch.equal(module.state_dict()[f"network.blocks.{layer}.feed_forward.router.selection_bias_E"], bias_E)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
