@@ -36,9 +36,10 @@ class OneLineParser(ArgumentParser):
         match = _UNKNOWN.search(message)
         if match is None:
             return ""
-        unknown = (match[1] or match[2]).split(".")[-1]
-        own = (action.dest.split(".")[-1] for action in self._actions)
-        near = get_close_matches(unknown, sorted({*own, *_nested_names()}), n=1, cutoff=0.5)
+        known = {action.dest.split(".")[-1] for action in self._actions} | set(_nested_names())
+        parts = (match[1] or match[2]).split(".")
+        unknown = next((part for part in parts if part not in known), parts[-1])
+        near = get_close_matches(unknown, sorted(known), n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -6,7 +6,7 @@ Derived sizes are properties and never stored, so a grown configuration is one `
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from modules.errors import InputError, require_positive
@@ -104,6 +104,12 @@ class ModelConfig:
         if self.moe.layers is not None:
             return tuple(sorted(set(self.moe.layers)))
         return tuple(range(self.moe.every - 1, self.num_layers, self.moe.every))
+
+    def trained_like(self, other: "ModelConfig") -> "ModelConfig":
+        """This model with what may change of another when a run is resumed: the settings of the routing losses."""
+        if self.moe is None or other.moe is None:
+            return self
+        return replace(self, moe=self.moe.trained_like(other.moe))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for checkpoints and logs; `from_dict` reads it back."""

@@ -89,17 +89,20 @@ class LanguageModel(pl.LightningModule):
     def restore_shape(self, record: Mapping[str, Any]) -> None:
         """Take architecture, stage and factors from a checkpoint's record, before the network is built.
 
+        Settings of the routing losses are those of the configuration, also where they have changed.
+
         Raises:
             InputError: the checkpoint belongs to a run that started from another architecture.
         """
-        saved = ModelConfig.from_dict(record["initial_architecture"])
+        saved = ModelConfig.from_dict(record["initial_architecture"]).trained_like(self.initial_architecture)
         differences = describe_differences(saved, self.initial_architecture)
         if differences:
             raise InputError(
                 f"the checkpoint's run started from another architecture: {differences} (checkpoint against "
                 "configuration); resume with the configuration of that run, or start a new run without --ckpt_path"
             )
-        self.architecture = ModelConfig.from_dict(record["architecture"])
+        architecture = ModelConfig.from_dict(record["architecture"])
+        self.architecture = architecture.trained_like(self.initial_architecture)
         self.stage = record["stage"]
         self.applied_transitions = list(record["applied_transitions"])
         self.transition_records = list(record["transition_records"])

@@ -5,7 +5,7 @@ Letters: E experts, K experts per token, F hidden width of an expert, S tokens p
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from modules.errors import InputError, require_not_negative, require_positive
@@ -132,6 +132,19 @@ class MoEConfig:
     def gates_add_up_to_one(self) -> bool:
         """True when equal experts give what one of them would, as long as no token is dropped."""
         return self.router.kind == "top_k" and self.renormalize and self.router.gate_scale == 1
+
+    def trained_like(self, other: "MoEConfig") -> "MoEConfig":
+        """This layer with the losses' settings of another, and its bias rate where both have a bias: what may change
+        when a run is resumed."""
+        rates = (self.router.bias_update_rate, other.router.bias_update_rate)
+        return replace(
+            self,
+            balance_loss_weight=other.balance_loss_weight,
+            z_loss_weight=other.z_loss_weight,
+            balance_level=other.balance_level,
+            aux_reduction=other.aux_reduction,
+            router=replace(self.router, bias_update_rate=rates[1] if all(rates) else rates[0]),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads it back."""

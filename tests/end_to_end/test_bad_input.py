@@ -37,6 +37,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--model.architecture.moe={num_experts: 4, top_k: 5}", "top_k=5 is more than num_experts=4"),
         ("--model.architecture.vocab_size=600", "vocab_size=600 is not the 512 of the data's tokenizer"),
         ("--model.architecture.moe={num_experts: 4}", "DenseLM got moe"),
+        ("--model.architecture.moe={rooter: {kind: gshard}}", "did you mean router?"),
+        ("--model.architecture.moe={router: {kind: gshard}}", "router.kind=gshard without capacity"),
+        ("--model.architecture.moe={router: {kind: top2}}", "router.kind"),
+        ("--model.architecture.moe={capacity: {factor: 0}}", "capacity.factor=0.0 must be a finite number above 0"),
+        ("--model.architecture.norm_structure=postnorm", "norm_structure"),
+        ("--expert_load.warn_dead_fraction=2", "expert_load.warn_dead_fraction=2"),
         ("--model.optimizer.lr=nan", "optimizer.lr: Expected a <class 'float'>. Got value: nan"),
         ("--model.optimizer.lr=-1", "lr=-1.0 must be a finite number above 0"),
         ("--model.schedule.warmup_steps=16", "warmup_steps=16 is not below the run's 16 steps"),
@@ -94,6 +100,14 @@ def test_flags(flag: str, words: str, world: Path, tmp_path: Path, capsys: pytes
             "top_k=3 is more than num_experts=2",
         ),
         ([{"at_step": 4, "target": {"dimm": 24}}], "dimm"),
+        (
+            [{"at_step": 4, "target": {"moe": {"num_experts": 2, "capacity": {"group_size": 48}}}, "upcycle": "copy"}],
+            "capacity.group_size=48 does not divide the 128 tokens of a micro-batch",
+        ),
+        (
+            [{"at_step": 4, "target": {"moe": {"num_experts": 2, "num_shared_experts": 1}}}],
+            "a feed-forward becomes routed experts only",
+        ),
     ],
 )
 def test_recipes(
