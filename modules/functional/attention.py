@@ -39,6 +39,7 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block: int) -> Tensor:
         ctx.scale, ctx.block = query.shape[-1] ** -0.5, block
+        key, value = key.contiguous(), value.contiguous()  # once, rather than in each product
         output = torch.empty_like(query)
         probabilities = []
         for rows, keys in _blocks(query.shape[2], block):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.attention import attend
+from modules.layers.precision import to_compute
 
 
 def rotary_angles(position_ids_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -100,6 +101,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """Mix positions: [B, L, D] to [B, L, D]. `mask` is True where a query sees a key; None means causal."""
+        hidden_BLD = to_compute(hidden_BLD)
         query = rotate(self.q_norm(self._split(self.q_proj(hidden_BLD))), *rotary)
         key = rotate(self.k_norm(self._split(self.k_proj(hidden_BLD))), *rotary)
         value = self._split(self.v_proj(hidden_BLD))

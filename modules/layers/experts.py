@@ -10,7 +10,8 @@ from modules.config import ModelConfig
 from modules.functional.routing import RoutingStats
 from modules.layers.dispatch import LocalDispatcher
 from modules.layers.feedforward import FeedForward
-from modules.layers.grouped import compute_dtype, row_multiple, swiglu_experts
+from modules.layers.grouped import row_multiple, swiglu_experts
+from modules.layers.precision import compute_dtype, to_compute
 from modules.layers.router import Router
 
 
@@ -50,13 +51,12 @@ class RoutedExperts(nn.Module):
         Raises:
             InputError: expert choice while decoding; groups that do not divide the tokens in training.
         """
-        dtype = compute_dtype(hidden_BLD)
         num_experts, top_k = self.router.moe.num_experts, self.router.moe.top_k
         rows_per_expert = hidden_BLD.shape[0] * hidden_BLD.shape[1] * top_k // num_experts
-        multiple = row_multiple(hidden_BLD.device, dtype, rows_per_expert)
+        multiple = row_multiple(hidden_BLD.device, compute_dtype(hidden_BLD), rows_per_expert)
         plan, stats = self.router.route(hidden_BLD, decoding, multiple)
-        hidden_TD = hidden_BLD.flatten(0, 1)
-        rows_RD = self.dispatcher.dispatch(hidden_TD.to(dtype), plan)
+        hidden_TD = to_compute(hidden_BLD.flatten(0, 1))
+        rows_RD = self.dispatcher.dispatch(hidden_TD, plan)
         mixed_TD = self.dispatcher.combine(self.experts(rows_RD, plan.gates_R, plan.counts_E), plan)
         if self.shared is not None:
             mixed_TD = mixed_TD + self._shared_output(hidden_TD)

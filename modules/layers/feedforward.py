@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.functional.routing import RoutingStats
+from modules.layers.precision import to_compute
 
 
 class FeedForward(nn.Module):
@@ -17,4 +18,5 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden_BLD: Tensor, decoding: bool = False) -> tuple[Tensor, RoutingStats | None]:
         """The layer's output; a dense layer has no routing to report, and decodes as it trains."""
+        hidden_BLD = to_compute(hidden_BLD)
         return self.down(F.silu(self.gate(hidden_BLD)) * self.up(hidden_BLD)), None

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modules.layers.precision import compute_dtype
+
 
 def grouped_linear(rows_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix: rows sorted by group, `counts_E` rows in each."""
@@ -35,12 +37,6 @@ def row_multiple(device: torch.device, dtype: torch.dtype, rows_per_expert: int)
     """
     makes_code = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
     return 16 if makes_code and rows_per_expert >= 64 else 1
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The type in which a product with this tensor is computed: autocast's where it is on."""
-    device_type = tensor.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
 
 def swiglu_experts(
