@@ -30,8 +30,15 @@ MOST_LINES = 64
 
 def final_map(final: FinalLoad) -> "Figure":
     """Expert (x) by layer (y) at the end of the run."""
-    num_layers, num_experts = final.ratios_NE.shape
+    num_layers = len(final.ratios_NE)
     figure, (axes,) = new_figure((float(np.clip(0.9 + 0.26 * num_layers, 1.5, 6.5)),))
+    _color_bar(figure, axes, draw_final_map(axes, final))
+    return figure
+
+
+def draw_final_map(axes: "Axes", final: FinalLoad) -> "ScalarMappable":
+    """Draw `final_map` into a panel; returns what its colours stand for."""
+    num_layers, num_experts = final.ratios_NE.shape
     colors = _draw_cells(axes, final.ratios_NE, (-0.5, num_experts - 0.5))
     if max(num_layers, num_experts) <= MOST_LINES:
         axes.set_xticks(np.arange(num_experts + 1) - 0.5, minor=True)
@@ -47,8 +54,7 @@ def final_map(final: FinalLoad) -> "Figure":
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.grid(visible=False, which="major")
-    _color_bar(figure, axes, colors)
-    return figure
+    return colors
 
 
 def map_over_time(data: RunData, load: LoadOverTime, dead: Sequence[int]) -> "Figure":
