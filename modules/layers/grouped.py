@@ -11,6 +11,9 @@ from torch import Tensor
 
 from modules.layers.precision import compute_dtype
 
+DOT_ROWS = 4096
+"""Rows that are multiplied at a time where only their sums are wanted."""
+
 
 def grouped_linear(rows_RD: Tensor, weight_EDF: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply each group of rows with its own matrix: rows sorted by group, `counts_E` rows in each."""
@@ -69,20 +72,27 @@ class _SwiGLUExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, gates_R, counts_E, gate_EDF, up_EDF, down_EFD, gate_RF, up_RF = ctx.saved_tensors
-        slope_RD = grads[0].contiguous()
-        silu_RF, scale_R1 = F.silu(gate_RF), gates_R[:, None].to(rows_RD.dtype)
-        act_RF = silu_RF * up_RF
+        slope_RD, scale_R1 = grads[0].contiguous(), gates_R[:, None].to(rows_RD.dtype)
         d_act_RF = grouped_linear(slope_RD, down_EFD.mT, counts_E)
-        d_gates_R = torch.linalg.vecdot(d_act_RF, act_RF).to(gates_R.dtype)
+        silu_RF = F.silu(gate_RF)
+        act_RF = silu_RF * up_RF
+        d_gates_R = _dot_rows(d_act_RF, act_RF).to(gates_R.dtype)
         d_down_EFD = grouped_outer(act_RF.mul_(scale_R1), slope_RD, counts_E)
-        d_act_RF.mul_(scale_R1)
-        d_up_RF = d_act_RF * silu_RF
+        del act_RF  # matrices of R x F are most of the memory: three at a time, each overwritten by the next
+        d_up_RF = silu_RF.mul_(d_act_RF.mul_(scale_R1))
         d_gate_RF = torch.ops.aten.silu_backward(d_act_RF.mul_(up_RF), gate_RF)
+        del d_act_RF
         d_rows_RD = grouped_linear(d_gate_RF, gate_EDF.mT, counts_E)
         d_rows_RD += grouped_linear(d_up_RF, up_EDF.mT, counts_E)
         d_gate_EDF = grouped_outer(rows_RD, d_gate_RF, counts_E)
         d_up_EDF = grouped_outer(rows_RD, d_up_RF, counts_E)
         return d_rows_RD, d_gates_R, None, d_gate_EDF, d_up_EDF, d_down_EFD
+
+
+def _dot_rows(left_RF: Tensor, right_RF: Tensor) -> Tensor:
+    """The dot product of each pair of rows [R], without a matrix of all products."""
+    pairs = zip(left_RF.split(DOT_ROWS), right_RF.split(DOT_ROWS), strict=True)
+    return torch.cat([torch.linalg.vecdot(left, right) for left, right in pairs])
 
 
 def _has_kernel(rows: Tensor) -> bool:
