@@ -130,6 +130,7 @@ class TrainingCLI(LightningCLI):
         tokens_per_step *= self.trainer.accumulate_grad_batches
         start, applied = self.model.initial_architecture, self.model.applied_transitions
         architectures = self.growth.check(start, max_steps, tokens_per_step, applied)
+        self.model.architecture = self.model.architecture.trained_like(architectures[len(applied)])
         for architecture in architectures:
             check_groups(architecture.moe, self.datamodule.batch_size * self.datamodule.seq_len)
         if metadata and metadata["step"] > max_steps:

@@ -153,7 +153,7 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
 class _Probe:
     """Loss and final hidden states of the held batch under the present network, in the precision of its weights.
 
-    The network is asked as in evaluation: a capacity in training would make a token's output depend on its neighbours.
+    The network is asked as in decoding where it can decode: a capacity would make a token's output depend on others.
     """
 
     @torch.no_grad()
@@ -165,6 +165,7 @@ class _Probe:
             held["tokens"][:, :-1],
             position_ids_BL=held.get("position_ids"),
             document_ids_BL=held.get("document_ids"),
+            decoding=not network.config.looks_ahead,
         )
         network.train(pl_module.training)
         self.hidden_TD = hidden_BLD.flatten(0, 1)

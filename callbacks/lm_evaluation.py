@@ -98,7 +98,7 @@ class LMEvaluation(pl.Callback):
                 f"evaluation suite {self.suite.name!r} asks about the embedded world, which "
                 f"{type(datamodule).__name__} does not hold; train on SyntheticWorld, or choose other tasks"
             )
-        if any(config.moe is not None and config.moe.router.kind == "expert_choice" for config in architectures):
+        if any(config.looks_ahead for config in architectures):
             raise InputError(
                 f"evaluation suite {self.suite.name!r} with router.kind=expert_choice: its experts choose among later "
                 "tokens too, so scores would not be those of a language model; set evaluation.at_end=false and "

@@ -97,6 +97,11 @@ class ModelConfig:
         return self.moe.num_shared_experts * (self.moe.shared_expert_dim or self.expert_size)
 
     @property
+    def looks_ahead(self) -> bool:
+        """True when a token's output depends on later tokens: experts choose."""
+        return self.moe is not None and self.moe.router.kind == "expert_choice"
+
+    @property
     def routed_layers(self) -> tuple[int, ...]:
         """The layers whose feed-forward is routed, counted from 0."""
         if self.moe is None:

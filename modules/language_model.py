@@ -20,6 +20,7 @@ from modules.functional.routing import RoutingStats, moved_bias
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
 from modules.metrics import BitsPerByte
+from modules.moe_config import TRAINING_SETTINGS
 from modules.optim import (
     OptimizerConfig,
     ParameterFactors,
@@ -94,7 +95,7 @@ class LanguageModel(pl.LightningModule):
         Raises:
             InputError: the checkpoint belongs to a run that started from another architecture.
         """
-        saved = ModelConfig.from_dict(record["initial_architecture"]).trained_like(self.initial_architecture)
+        saved = ModelConfig.from_dict(record["initial_architecture"])
         differences = describe_differences(saved, self.initial_architecture)
         if differences:
             raise InputError(
@@ -162,13 +163,17 @@ class LanguageModel(pl.LightningModule):
         """The weighted balance and z-loss of all routed layers, and what callbacks watch of them."""
         moe = self.architecture.moe
         assert moe is not None
-        counts_NE = self._add_to_step(torch.stack([layer.tokens_per_expert_E for layer in stats]))
-        if moe.level == "global":
+        counts_NE = torch.stack([layer.tokens_per_expert_E for layer in stats])
+        if moe.level == "global" and moe.balance_loss_weight:
+            counts_NE = self.trainer.strategy.reduce(counts_NE, reduce_op="sum")
+            counts_NE = self._add_to_step(counts_NE)
             shares_NE = counts_NE.double() / counts_NE.sum(dim=1, keepdim=True)
             stats = [
                 replace(layer, fractions_GE=share_E[None].to(layer.fractions_GE.dtype))
                 for layer, share_E in zip(stats, shares_NE, strict=True)
             ]
+        elif moe.router.bias_update_rate:
+            self._add_to_step(counts_NE)
         balance_N = torch.stack([layer.balance_loss for layer in stats])
         z_N = torch.stack([layer.z_loss for layer in stats])
         weighted_N = moe.balance_loss_weight * balance_N + moe.z_loss_weight * z_N
@@ -177,17 +182,10 @@ class LanguageModel(pl.LightningModule):
         return total, watched_routing(stats) | means
 
     def _add_to_step(self, counts_NE: Tensor) -> Tensor:
-        """Choices per layer and expert in this optimizer step so far: of all ranks and accumulated micro-batches.
-
-        Counted only where something needs them: balance at the global level (arXiv 2501.11873), or the selection bias.
-        """
-        moe = self.architecture.moe
-        assert moe is not None
-        if moe.level == "global" or moe.router.bias_update_rate:
-            counts_NE = self.trainer.strategy.reduce(counts_NE, reduce_op="sum")
-            before = self._step_counts_NE
-            self._step_counts_NE = counts_NE = counts_NE if before is None else before + counts_NE
-        return counts_NE
+        """Choices per layer and expert in this optimizer step so far, over its accumulated micro-batches."""
+        before = self._step_counts_NE
+        self._step_counts_NE = counts_NE if before is None else before + counts_NE
+        return self._step_counts_NE
 
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RoutingStats]]:
         """Sum of the batch's token losses in nats, the losses [B, L] (detached), and the routing stats."""
@@ -205,6 +203,8 @@ class LanguageModel(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         moe, counts_NE = self.architecture.moe, self._step_counts_NE
         if moe is not None and moe.router.bias_update_rate and counts_NE is not None:
+            if moe.level != "global" or not moe.balance_loss_weight:  # there it is the sum over ranks already
+                counts_NE = self.trainer.strategy.reduce(counts_NE, reduce_op="sum")
             with torch.no_grad():
                 for layer, counts_E in zip(self._net.routed_layers(), counts_NE, strict=True):
                     bias_E = layer.router.selection_bias_E
@@ -272,9 +272,25 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 def describe_differences(first: ModelConfig, second: ModelConfig) -> str:
-    """The fields in which two architectures differ, as `name 1 / 2`; empty when they are equal."""
-    left, right = first.to_dict(), second.to_dict()
-    return ", ".join(f"{name} {left[name]} / {right[name]}" for name in left if left[name] != right[name])
+    """The fields in which two architectures differ, as `name 1 / 2`, but for settings that may change on resume; empty
+    when there are none."""
+    left, right = _flat(first.to_dict()), _flat(second.to_dict())
+    names = [*left, *(name for name in right if name not in left)]
+    pairs = ((name, left.get(name), right.get(name)) for name in names)
+    return ", ".join(f"{name} {one} / {other}" for name, one, other in pairs if one != other)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name. Of a bias rate only whether there is a bias: the rate is a training setting."""
+    fields: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            fields |= {prefix + name: "set"} | _flat(value, f"{prefix}{name}.")
+        elif name == "bias_update_rate":
+            fields[f"{prefix}selection_bias"] = value > 0
+        elif name not in TRAINING_SETTINGS:
+            fields[prefix + name] = value
+    return fields
 
 
 def growth_metrics(module: LanguageModel) -> dict[str, float]:

@@ -10,6 +10,11 @@ from typing import Any, Literal
 
 from modules.errors import InputError, require_not_negative, require_positive
 
+TRAINING_SETTINGS = frozenset(
+    {"balance_loss_weight", "z_loss_weight", "balance_level", "aux_reduction", "at_evaluation", "bias_update_rate"}
+)
+"""Fields that may change when a run is resumed: what is stored does not depend on them, but on having a bias."""
+
 
 @dataclass(frozen=True)
 class RouterConfig:
@@ -69,9 +74,9 @@ class CapacityConfig:
             require_positive(**{"capacity.group_size": self.group_size})
 
     def slots(self, group_size: int, num_experts: int) -> int:
-        """Slots of each expert in a group (C)."""
+        """Slots of each expert in a group (C); more than it has tokens would stay empty."""
         slots = max(1, int(group_size * self.factor / num_experts))
-        return slots if slots == 1 else self.rounding * math.ceil(slots / self.rounding)
+        return slots if slots == 1 else min(group_size, self.rounding * math.ceil(slots / self.rounding))
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class MoEConfig:
     layers: tuple[int, ...] | None = None
     """the routed layers by number, counted from 0; takes the place of `every`"""
     renormalize: bool = True
-    """divide the gates of a token by their sum"""
+    """divide the gates of a token by their sum; with top_k=1 they are then 1, and the router learns from its losses"""
     balance_loss_weight: float = 0.01
     """weight of the load-balancing loss"""
     z_loss_weight: float = 0.001
@@ -134,16 +139,18 @@ class MoEConfig:
         return self.router.kind == "top_k" and self.renormalize and self.router.gate_scale == 1
 
     def trained_like(self, other: "MoEConfig") -> "MoEConfig":
-        """This layer with the losses' settings of another, and its bias rate where both have a bias: what may change
-        when a run is resumed."""
-        rates = (self.router.bias_update_rate, other.router.bias_update_rate)
+        """This layer with the training settings of another that is equal to it but for those."""
+        capacity = self.capacity
+        if capacity is not None and other.capacity is not None:
+            capacity = replace(capacity, at_evaluation=other.capacity.at_evaluation)
         return replace(
             self,
             balance_loss_weight=other.balance_loss_weight,
             z_loss_weight=other.z_loss_weight,
             balance_level=other.balance_level,
             aux_reduction=other.aux_reduction,
-            router=replace(self.router, bias_update_rate=rates[1] if all(rates) else rates[0]),
+            router=replace(self.router, bias_update_rate=other.router.bias_update_rate),
+            capacity=capacity,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,9 +187,11 @@ def check_routing(moe: MoEConfig) -> None:
             f"router.kind={router.kind} without capacity has no slots; set moe.capacity (factor 2.0 is usual)",
         ),
         (
-            router.kind == "gshard" and (moe.top_k, router.score, moe.renormalize) != (2, "softmax", True),
-            f"router.kind=gshard with top_k={moe.top_k}, score={router.score}, renormalize={moe.renormalize} is not "
-            "GShard's top-2; use top_k=2, score=softmax, renormalize=true, or kind=top_k",
+            router.kind == "gshard"
+            and (moe.top_k, router.score, moe.renormalize, router.gate_scale) != (2, "softmax", True, 1),
+            f"router.kind=gshard with top_k={moe.top_k}, score={router.score}, renormalize={moe.renormalize}, "
+            f"gate_scale={router.gate_scale} is not GShard's top-2; use top_k=2, score=softmax, renormalize=true, "
+            "gate_scale=1, or kind=top_k",
         ),
         (
             router.kind == "gshard" and moe.level != "group",
@@ -214,6 +223,10 @@ def check_routing(moe: MoEConfig) -> None:
             router.score == "softmax_of_top_k" and not moe.renormalize,
             "router.score=softmax_of_top_k with renormalize=false: these gates always add up to 1; "
             "use score=softmax to keep the chosen probabilities as they are",
+        ),
+        (
+            router.kind == "expert_choice" and moe.balance_level is not None,
+            f"balance_level={moe.balance_level} with router.kind=expert_choice: there is no balance loss; leave it out",
         ),
         (
             moe.num_experts % router.expert_groups > 0

@@ -162,5 +162,7 @@ def _drift(old: Transformer, new: Transformer) -> tuple[float, float]:
     """The largest change of a logit on random tokens, and the largest logit."""
     length = min(64, old.config.max_seq_len)
     tokens_BL = torch.randint(old.config.vocab_size, (4, length), generator=seeded_generator(0, "drift"))
-    before, after = (network.logits(network(tokens_BL)[0]) for network in (old, new.eval()))
+    before, after = (
+        network.logits(network(tokens_BL, decoding=not network.config.looks_ahead)[0]) for network in (old, new.eval())
+    )
     return (before - after).abs().max().item(), before.abs().max().item()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCKWISE_MAX_LEN = 1024
 """Longer sequences go to torch's kernel: the blockwise form keeps half of all probabilities for backward."""
@@ -40,18 +41,21 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, block: int) -> Tensor:
         ctx.scale, ctx.block = query.shape[-1] ** -0.5, block
         key, value = key.contiguous(), value.contiguous()  # once, rather than in each product
+        wide = torch.promote_types(key.dtype, torch.float32)
+        wide_key = key.to(wide)  # scores of low precision would be off by more than their weights can bear
         output = torch.empty_like(query)
         probabilities = []
         for rows, keys in _blocks(query.shape[2], block):
-            scores = _grouped(query[:, :, rows] * ctx.scale, key) @ key[:, :, :keys].mT
+            scores = (_grouped(query[:, :, rows], key).to(wide) * ctx.scale) @ wide_key[:, :, :keys].mT
             _hide(scores, mask, rows, keys)
-            weights = scores.softmax(dim=-1)
+            weights = scores.softmax(dim=-1).to(query.dtype)
             output[:, :, rows] = _ungrouped(weights @ value[:, :, :keys], output[:, :, rows])
             probabilities.append(weights)
         ctx.save_for_backward(query, key, value, *probabilities)
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *probabilities = ctx.saved_tensors
         wide = torch.promote_types(key.dtype, torch.float32)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 """A target with this id counts for nothing."""
@@ -47,6 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses_T.sum(), losses_T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         scale = grads[0]
         hidden_grad, weight_grad = ctx.saved_tensors

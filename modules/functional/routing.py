@@ -103,7 +103,7 @@ def choose_experts(scores_TE: Tensor, moe: MoEConfig, bias_E: Tensor | None = No
 def choose_tokens(scores_TE: Tensor, moe: MoEConfig, group_size: int) -> ExpertChoice:
     """Each expert takes the C tokens of each group that score highest for it (arXiv 2202.09368, equation 2)."""
     assert moe.capacity is not None
-    slots = min(moe.capacity.slots(group_size, moe.num_experts), group_size)
+    slots = moe.capacity.slots(group_size, moe.num_experts)
     scores_GES = scores_TE.unflatten(0, (-1, group_size)).transpose(1, 2)
     token_ids_GEC = scores_GES.detach().topk(slots, dim=-1).indices
     gates_GEC = scores_GES.gather(-1, token_ids_GEC) * moe.router.gate_scale

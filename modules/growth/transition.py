@@ -19,7 +19,7 @@ from modules.growth.operation import Moments, ParameterSource, TensorSource
 from modules.growth.upcycle import Upcycle
 from modules.growth.width import Widen
 from modules.layers.transformer import Transformer
-from modules.moe_config import MoEConfig
+from modules.moe_config import TRAINING_SETTINGS, MoEConfig
 from modules.optim import ParameterFactors
 
 DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -100,7 +100,7 @@ class GrowthStage:
 
     @property
     def identity(self) -> str:
-        """Names the transition in checkpoints, so that it is applied once."""
+        """Names the transition in checkpoints, so that it is applied once; training settings may change behind it."""
         return _describe(self)
 
 
@@ -254,6 +254,9 @@ def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[st
 def _describe(config: Any) -> str:
     """The fields of a dataclass that differ from their defaults; fields that come later do not change it."""
     chosen = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    chosen = {name: value for name, value in chosen.items() if name not in TRAINING_SETTINGS}
+    if getattr(config, "bias_update_rate", 0):
+        chosen["selection_bias"] = True
     return ", ".join(f"{k}=({_describe(v)})" if is_dataclass(v) else f"{k}={v}" for k, v in chosen.items())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modules.layers.precision import compute_dtype
 
@@ -70,6 +71,7 @@ class _SwiGLUExperts(torch.autograd.Function):
         return grouped_linear(act_RF, down_EFD, counts_E)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, gates_R, counts_E, gate_EDF, up_EDF, down_EFD, gate_RF, up_RF = ctx.saved_tensors
         slope_RD, scale_R1 = grads[0].contiguous(), gates_R[:, None].to(rows_RD.dtype)

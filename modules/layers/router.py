@@ -39,7 +39,7 @@ class Router(nn.Linear):
             self.selection_bias_E = before_E.to(self.selection_bias_E.device)
         return self
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
+    def forward(self, hidden_TD: Tensor) -> Tensor:
         """Logits in float32 or wider whatever the precision: near-ties decide where a token goes."""
         with torch.autocast(hidden_TD.device.type, enabled=False):
             wide = torch.promote_types(hidden_TD.dtype, torch.float32)
@@ -59,7 +59,7 @@ class Router(nn.Linear):
         """
         if self.training:
             check_groups(self.moe, hidden_BLD.shape[0] * hidden_BLD.shape[1])
-        logits_TE = self.logits(hidden_BLD.flatten(0, 1))
+        logits_TE = self(hidden_BLD.flatten(0, 1))
         scores_TE, probabilities_TE = routing.scores_and_probabilities(logits_TE, self.moe.router)
         if self.moe.router.kind == "expert_choice":
             plan, seen = self._let_experts_choose(scores_TE, hidden_BLD.shape[1], decoding)
