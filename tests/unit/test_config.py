@@ -1,13 +1,16 @@
 """Configurations refuse what cannot be built, in one line that names the values."""
 
+import dataclasses
+
 import pytest
 
 from modules.config import ModelConfig
 from modules.errors import InputError
-from modules.functional.flops import count_parameters
+from modules.functional.flops import count_parameters, expert_rows_per_token, training_flops_per_token
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
+from modules.language_model import describe_differences
 from modules.layers.transformer import Transformer
-from modules.moe_config import MoEConfig
+from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
 from modules.optim import OptimizerConfig
 
 
@@ -83,3 +86,24 @@ def test_schedules() -> None:
     assert learning_rate_factor(10**6, 100, ScheduleConfig("constant")) == 1.0
     with pytest.raises(InputError, match="warmup_steps=10 is not below the run's 10 steps"):
         wsd.check_total(10)
+
+
+def test_flops_count_empty_slots() -> None:
+    base = ModelConfig(vocab_size=64, num_layers=2, moe=MoEConfig(4, 2))
+    roomy = dataclasses.replace(base, moe=MoEConfig(4, 2, capacity=CapacityConfig(factor=4.0)))
+    assert expert_rows_per_token(base, 16) == 2 and expert_rows_per_token(roomy, 16) == 4
+    expert = 3 * base.dim * base.expert_size
+    extra = training_flops_per_token(roomy, 16) - training_flops_per_token(base, 16)
+    assert extra == 6 * 2 * 2 * expert  # two layers, two rows more for each token
+    assert CapacityConfig(factor=9.0).slots(8, 4) == 8  # an expert never has more slots than a group has tokens
+
+
+def test_architectures_differ_by_what_is_stored() -> None:
+    first = ModelConfig(vocab_size=64, moe=MoEConfig(4, 2))
+    heavier = dataclasses.replace(first, moe=MoEConfig(4, 2, balance_loss_weight=1.0, balance_level="global"))
+    biased = dataclasses.replace(first, moe=MoEConfig(4, 2, router=RouterConfig(bias_update_rate=1e-3)))
+    assert describe_differences(first, heavier) == ""
+    assert describe_differences(first, biased) == "moe.router.selection_bias False / True"
+    assert describe_differences(first, dataclasses.replace(first, moe=MoEConfig(4, 1))) == "moe.top_k 2 / 1"
+    assert "moe None / set" in describe_differences(dataclasses.replace(first, moe=None), first)
+    assert first.trained_like(heavier) == heavier

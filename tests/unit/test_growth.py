@@ -16,6 +16,7 @@ from modules.growth.roles import role_of
 from modules.growth.transition import (
     GrowthStage,
     GrowthTarget,
+    apply_stage,
     build_chain,
     grown_factors,
     grown_state,
@@ -24,7 +25,7 @@ from modules.growth.transition import (
     target_config,
 )
 from modules.layers.transformer import Transformer
-from modules.moe_config import MoEConfig, RouterConfig
+from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
 from modules.optim import OptimizerConfig, ParameterFactors, build_optimizer
 from tests.unit.test_layers import randomize
 
@@ -344,3 +345,51 @@ def test_a_deepened_mixture_keeps_the_kind_of_each_layer() -> None:
 def test_stages_that_make_no_sense_are_refused(fields: dict) -> None:
     with pytest.raises(InputError):
         GrowthStage(GrowthTarget(dim=96), **fields)
+
+
+@pytest.mark.parametrize(
+    ("moe", "exact"),
+    [
+        (MoEConfig(4, 2, capacity=CapacityConfig(factor=0.5, at_evaluation=True)), True),
+        (MoEConfig(4, 2, router=RouterConfig(score="sigmoid", bias_update_rate=1e-3)), True),
+        (MoEConfig(4, 2, router=RouterConfig(gate_scale=2.5)), False),
+        (MoEConfig(4, 2, renormalize=False), False),
+        (
+            MoEConfig(4, 2, router=RouterConfig("gshard"), capacity=CapacityConfig()),
+            False,
+        ),  # its gates add up to 1 - 1e-9
+    ],
+)
+def test_copies_are_exact_where_gates_add_up_to_one(moe: MoEConfig, exact: bool) -> None:
+    torch.manual_seed(0)
+    old = make(ModelConfig(vocab_size=20, dim=16, num_layers=2, num_heads=2))
+    grown = apply_stage(network_source(old, {}, {}), stage(GrowthTarget(moe=moe), upcycle="copy"), "cpu")
+    assert grown.is_exact == exact
+    tokens = torch.randint(20, (2, 9))
+    new = grown.network
+    with torch.no_grad():
+        change = (logits(old, tokens) - new.logits(new(tokens, decoding=True)[0])).abs().max().item()
+    assert not exact or change < EXACT
+    for layer in new.routed_layers():
+        assert layer.router.selection_bias_E is None or layer.router.selection_bias_E.abs().max() == 0
+
+
+def test_a_new_hybridnorm_block_is_closed_by_its_gains() -> None:
+    torch.manual_seed(0)
+    old = make(ModelConfig(vocab_size=20, dim=16, num_layers=2, num_heads=2, norm_structure="hybridnorm"))
+    block = grow(old, stage(GrowthTarget(num_layers=3))).blocks[1]
+    for gain, writer in (
+        (block.attention_post_norm.weight, block.attention.o_proj.weight),
+        (block.feed_forward_post_norm.weight, block.feed_forward.down.weight),
+    ):
+        assert gain.abs().max() == 0 and writer.abs().max() > 0
+
+
+def test_training_settings_do_not_name_a_transition() -> None:
+    plain, heavy = (stage(GrowthTarget(moe=MoEConfig(4, 2, balance_loss_weight=w))).identity for w in (0.01, 1.0))
+    assert plain == heavy
+    biased = [
+        stage(GrowthTarget(moe=MoEConfig(4, 2, router=RouterConfig(bias_update_rate=r)))).identity for r in (1e-3, 1e-2)
+    ]
+    assert biased[0] == biased[1] != plain
+    assert stage(GrowthTarget(moe=MoEConfig(4, 1))).identity != plain
