@@ -18,7 +18,7 @@ from datamodules.world.tasks import write_world_tasks
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.layers.transformer import Transformer
-from modules.moe_config import MoEConfig
+from modules.moe_config import CapacityConfig, MoEConfig
 
 pytest.importorskip("lm_eval")
 HAD_TRANSFORMERS = "transformers" in sys.modules
@@ -51,7 +51,8 @@ def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> HarnessLM:
 def make_network(tokenizer: Tokenizer, kind: str = "dense", max_seq_len: int = MAX_LEN) -> Transformer:
     """Float64, so that batching and padding cannot hide behind rounding."""
     torch.manual_seed(0)
-    moe = MoEConfig(num_experts=4) if kind == "moe" else None
+    tight = CapacityConfig(factor=0.5, at_evaluation=True)  # tasks are dropless all the same
+    moe = MoEConfig(num_experts=4, capacity=tight) if kind == "moe" else None
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         dim=16,
@@ -72,7 +73,7 @@ def ask(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
 def score(network: Transformer, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
     """One request by itself: the log-probability of each token after all that is before it, in one plain forward."""
     tokens = [*context, *continuation][-(network.config.max_seq_len + 1) :]
-    hidden_BLD, _ = network(torch.tensor([tokens[:-1]]))
+    hidden_BLD, _ = network(torch.tensor([tokens[:-1]]), decoding=True)
     log_probs_LV = network.logits(hidden_BLD[0]).log_softmax(-1)[-len(continuation) :]
     targets_L = torch.tensor(continuation)
     total = log_probs_LV[torch.arange(len(continuation)), targets_L].sum().item()
@@ -107,7 +108,7 @@ def test_greedy_flag_is_true_for_what_the_model_would_write(model: HarnessLM, to
     (written,) = model.generate_until(ask("generate_until", ("Who lives", {"until": [], "max_gen_toks": 4})))
     likely = [tokenizer.eos_id, *tokenizer.encode("Who lives")]
     with torch.no_grad():
-        hidden_BLD, _ = model.network(torch.tensor([likely]))
+        hidden_BLD, _ = model.network(torch.tensor([likely]), decoding=True)
     best = int(model.network.logits(hidden_BLD[0, -1]).argmax())
     answers = model._loglikelihood_tokens([(("", ""), likely, [best]), (("", ""), likely, [best - 1])])
     assert [greedy for _, greedy in answers] == [True, False] and written
@@ -200,7 +201,7 @@ def write_greedily(model: HarnessLM, context: str, max_new_tokens: int, stops: S
     start = len(tokens)
     for _ in range(max_new_tokens):
         with torch.no_grad():
-            hidden_BLD, _ = network(torch.tensor([tokens]))
+            hidden_BLD, _ = network(torch.tensor([tokens]), decoding=True)
         tokens.append(int(network.logits(hidden_BLD[0, -1]).argmax()))
         if tokens[-1] == tokenizer.eos_id:
             break
