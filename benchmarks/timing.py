@@ -5,7 +5,6 @@ turns inside one process, and every ratio is formed within a round; what is repo
 """
 
 import argparse
-import ctypes
 import gc
 import importlib.metadata
 import importlib.util
@@ -24,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-MALLOPT_TRIM_THRESHOLD, MALLOPT_TOP_PAD, MALLOPT_MMAP_MAX = -1, -2, -4
-"""Numbers of glibc's malloc.h."""
+from app.allocator import keep_pages
+
 PROBE_BYTES = 64 * 2**20
 """glibc gives blocks of more than 32 MiB back to the kernel at every free, whatever it has learnt."""
 
@@ -63,16 +62,6 @@ def set_up(flags: argparse.Namespace) -> None:
 
 
 # -- the process -------------------------------------------------------------------------------------------------------
-
-
-def keep_pages() -> None:
-    """Tell glibc to keep freed memory in the process, so that no step pays for the same pages again."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    mallopt(MALLOPT_MMAP_MAX, 0)  # large blocks come from the heap
-    mallopt(MALLOPT_TRIM_THRESHOLD, -1)  # whose top is never given back
-    mallopt(MALLOPT_TOP_PAD, 256 * 2**20)
 
 
 def describe_allocator() -> str:
