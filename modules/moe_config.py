@@ -38,11 +38,11 @@ class RouterConfig:
     """groups that a token may choose experts from"""
 
     def __post_init__(self) -> None:
-        require_positive(
-            expert_groups=self.expert_groups, top_groups=self.top_groups, gate_scale=float(self.gate_scale)
-        )
+        numbers: dict[str, int | float] = {"expert_groups": self.expert_groups, "top_groups": self.top_groups}
+        numbers["gate_scale"] = float(self.gate_scale)
         if self.soft_cap is not None:
-            require_positive(soft_cap=float(self.soft_cap))
+            numbers["soft_cap"] = float(self.soft_cap)
+        require_positive(**{f"router.{name}": value for name, value in numbers.items()})
         require_not_negative(**{"router.bias_update_rate": self.bias_update_rate})
         if self.top_groups > self.expert_groups:
             raise InputError(
