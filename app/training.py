@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -266,6 +267,8 @@ def run(arguments: Sequence[str]) -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads abort a process that ends with them running
 
 
 def _write_history(path: Path, records: list[dict[str, Any]]) -> None:
