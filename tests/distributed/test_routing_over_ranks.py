@@ -19,6 +19,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_state(run_dir / "checkpoints" / "step-00000008")["state_dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["global_balance", "sigmoid_bias"])
 def test_ranks_count_together(name: str, tmp_path: Path) -> None:
     (router,) = (path for path in ROUTERS if path.stem == name)
