@@ -17,6 +17,32 @@ CHECKPOINT_KEY = "growmoe"
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered for contexts longer than those that the model was first trained on."""
+
+    kind: Literal["llama3", "linear"] = "llama3"
+    """linear: all frequencies / factor (arXiv 2306.15595); llama3: only those whose wave is long (Llama 3.1)"""
+    factor: float = 8.0
+    """what frequencies are divided by"""
+    low_freq_factor: float = 1.0
+    """llama3: a wave longer than original_max_seq_len / this is divided by the factor"""
+    high_freq_factor: float = 4.0
+    """llama3: a wave shorter than original_max_seq_len / this stays; in between, the two are blended"""
+    original_max_seq_len: int = 8192
+    """llama3: the context before"""
+
+    def __post_init__(self) -> None:
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        numbers = {f"rope_scaling.{name}": float(getattr(self, name)) for name in names}
+        require_positive(**numbers, **{"rope_scaling.original_max_seq_len": self.original_max_seq_len})
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise InputError(
+                f"rope_scaling.high_freq_factor={self.high_freq_factor} must be more than "
+                f"low_freq_factor={self.low_freq_factor}; Llama 3.1 has 4 and 1"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture of one decoder (Llama-shaped: RMSNorm, RoPE, grouped-query attention, SwiGLU)."""
 
@@ -38,16 +64,22 @@ class ModelConfig:
     """the longest sequence that the model accepts, in tokens"""
     rope_theta: float = 10000.0
     """base of the rotary position embedding"""
+    rope_scaling: RopeScaling | None = None
+    """lower frequencies for a longer context; empty: none"""
     norm_eps: float = 1e-5
     """epsilon of RMSNorm"""
     qkv_bias: bool = False
     """biases on the query, key and value projections"""
+    o_bias: bool = False
+    """a bias on the attention's output projection"""
     qk_norm: bool = False
-    """RMSNorm on each query and key head"""
+    """RMSNorm on queries and keys"""
+    qk_norm_scope: Literal["head", "projection"] = "head"
+    """qk_norm normalises each head by itself (Qwen3), or all heads of a token together (OLMo 2, OLMoE)"""
     tie_embeddings: bool = False
     """one matrix for the embedding and the output head"""
-    norm_structure: Literal["prenorm", "hybridnorm"] = "prenorm"
-    """x + f(norm x), or x + norm(f(norm x)) with a second norm on what each branch writes"""
+    norm_structure: Literal["prenorm", "hybridnorm", "postnorm"] = "prenorm"
+    """x + f(norm x), x + norm(f(norm x)) with a second norm on what each branch writes, or x + norm(f(x)) (OLMo 2)"""
     init_std: float = 0.02
     """standard deviation of the initial weights; projections into the residual stream get it / sqrt(2 num_layers)"""
     moe: MoEConfig | None = None
@@ -123,8 +155,12 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "ModelConfig":
         """The configuration that `to_dict` wrote."""
-        moe = record.get("moe")
-        return cls(**{**record, "moe": None if moe is None else MoEConfig.from_dict(moe)})
+        moe, scaling = record.get("moe"), record.get("rope_scaling")
+        parts = {
+            "moe": None if moe is None else MoEConfig.from_dict(moe),
+            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+        }
+        return cls(**{**record, **parts})
 
     def _check_heads(self) -> None:
         if self.head_dim is None and self.dim % self.num_heads:

@@ -72,5 +72,6 @@ def _attention_parameters(config: ModelConfig) -> int:
     key_value = config.kv_heads * config.head_size
     weights = config.dim * (2 * query + 2 * key_value)
     biases = query + 2 * key_value if config.qkv_bias else 0
-    norms = 2 * config.head_size if config.qk_norm else 0
-    return weights + biases + norms
+    biases += config.dim if config.o_bias else 0
+    norms = 2 * config.head_size if config.qk_norm_scope == "head" else query + key_value
+    return weights + biases + (norms if config.qk_norm else 0)

@@ -3,6 +3,8 @@
 Letters: B batch, L sequence, D model, H query heads, G key-value heads, C channels of a head, M cache length.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +14,26 @@ from modules.functional.attention import attend
 from modules.layers.precision import to_compute
 
 
-def rotary_angles(position_ids_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(position_ids_BL: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine [B, 1, L, C] of the rotary embedding, half-split layout (RoFormer, arXiv 2104.09864)."""
-    exponent = torch.arange(0, head_dim, 2, device=position_ids_BL.device, dtype=torch.float64) / head_dim
-    angle_BLC = position_ids_BL[..., None].double() * theta**-exponent
+    frequencies = rotary_frequencies(config).to(position_ids_BL.device)
+    angle_BLC = position_ids_BL[..., None].double() * frequencies
     angle = torch.cat((angle_BLC, angle_BLC), dim=-1)[:, None]
     return angle.cos(), angle.sin()
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """What each pair of channels turns by from one position to the next, in radians: float64 [C / 2]."""
+    exponent = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
+    frequencies = config.rope_theta**-exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    waves = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # in the context before
+    kept = ((waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,9 +104,10 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.dim, query_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.dim, key_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.dim, key_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.o_proj = nn.Linear(query_dim, config.dim, bias=config.o_bias)
+        self.norms_heads = config.qk_norm_scope == "head"
+        self.q_norm = self._norm(config, query_dim)
+        self.k_norm = self._norm(config, key_dim)
 
     def forward(
         self,
@@ -102,13 +119,22 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mix positions: [B, L, D] to [B, L, D]. `mask` is True where a query sees a key; None means causal."""
         hidden_BLD = to_compute(hidden_BLD)
-        query = rotate(self.q_norm(self._split(self.q_proj(hidden_BLD))), *rotary)
-        key = rotate(self.k_norm(self._split(self.k_proj(hidden_BLD))), *rotary)
+        query = rotate(self._normed(self.q_norm, self.q_proj(hidden_BLD)), *rotary)
+        key = rotate(self._normed(self.k_norm, self.k_proj(hidden_BLD)), *rotary)
         value = self._split(self.v_proj(hidden_BLD))
         if cache is not None:
             key, value = cache.append(layer, key, value)
         mixed = attend(query, key.to(query.dtype), value.to(query.dtype), mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def _norm(config: ModelConfig, projected_dim: int) -> nn.Module:
+        if not config.qk_norm:
+            return nn.Identity()
+        return nn.RMSNorm(config.head_size if config.qk_norm_scope == "head" else projected_dim, eps=config.norm_eps)
+
+    def _normed(self, norm: nn.Module, flat: Tensor) -> Tensor:
+        return norm(self._split(flat)) if self.norms_heads else self._split(norm(flat))
 
     def _split(self, flat: Tensor) -> Tensor:
         return flat.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

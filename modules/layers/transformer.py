@@ -20,20 +20,20 @@ from modules.layers.feedforward import FeedForward
 class Block(nn.Module):
     """x + attention(norm x), then x + feed-forward(norm x), dense or routed by the layer's number.
 
-    With hybridnorm what a branch writes has a norm of its own: x + norm(attention(norm x)), and so on.
+    With hybridnorm what a branch writes has a norm of its own: x + norm(attention(norm x)), and so on. With postnorm
+    that is the only one: x + norm(attention(x)).
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = _norm(config, config.norm_structure != "postnorm")
         self.attention = Attention(config)
-        self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_post_norm = _norm(config, config.norm_structure != "prenorm")
+        self.feed_forward_norm = _norm(config, config.norm_structure != "postnorm")
         routed = layer in config.routed_layers
         self.feed_forward = RoutedExperts(config) if routed else FeedForward(config.dim, config.ffn_size)
-        hybrid = config.norm_structure == "hybridnorm"
-        self.attention_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if hybrid else nn.Identity()
-        self.feed_forward_post_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if hybrid else nn.Identity()
+        self.feed_forward_post_norm = _norm(config, config.norm_structure != "prenorm")
 
     def forward(
         self,
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         if position_ids_BL is None:
             position_ids_BL = torch.arange(length, device=tokens_BL.device)[None]
         hidden_BLD = self.embedding(tokens_BL)
-        cos, sin = rotary_angles(position_ids_BL, self.config.head_size, self.config.rope_theta)
+        cos, sin = rotary_angles(position_ids_BL, self.config)
         rotary = (cos.to(hidden_BLD.dtype), sin.to(hidden_BLD.dtype))
         stats = []
         for block in self.blocks:
@@ -139,6 +139,10 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary [..., V] of final hidden states [..., D]."""
         return F.linear(hidden, self.head_weight)
+
+
+def _norm(config: ModelConfig, present: bool) -> nn.Module:
+    return nn.RMSNorm(config.dim, eps=config.norm_eps) if present else nn.Identity()
 
 
 def document_mask(document_ids_BL: Tensor) -> Tensor:

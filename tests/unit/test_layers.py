@@ -1,5 +1,7 @@
 """Layers against their obvious references, in float64 and float32, outputs and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modules.config import ModelConfig
+from modules.config import ModelConfig, RopeScaling
 from modules.errors import InputError
 from modules.functional.attention import _BlockwiseAttention
 from modules.layers.attention import Attention, KVCache, rotary_angles
@@ -35,20 +37,33 @@ def gradients(loss: torch.Tensor, module: nn.Module, inputs: torch.Tensor) -> li
     length=st.integers(1, 7),
     masked=st.booleans(),
     bias=st.booleans(),
-    norm=st.booleans(),
+    norm=st.sampled_from([None, "head", "projection"]),
+    scaling=st.sampled_from([None, RopeScaling("linear", 3.0), RopeScaling("llama3", 5.0, 1.0, 4.0, 90)]),
     seed=st.integers(0, 99),
 )
-def test_attention_is_the_reference(kv: int, length: int, masked: bool, bias: bool, norm: bool, seed: int) -> None:
+def test_attention_is_the_reference(
+    kv: int, length: int, masked: bool, bias: bool, norm: Any, scaling: RopeScaling | None, seed: int
+) -> None:
     torch.manual_seed(seed)
     config = ModelConfig(
-        vocab_size=8, dim=16, num_heads=4, num_kv_heads=kv, head_dim=6, qkv_bias=bias, qk_norm=norm, rope_theta=100.0
+        vocab_size=8,
+        dim=16,
+        num_heads=4,
+        num_kv_heads=kv,
+        head_dim=6,
+        qkv_bias=bias,
+        o_bias=bias and seed % 2 == 0,
+        qk_norm=norm is not None,
+        qk_norm_scope=norm or "head",
+        rope_theta=100.0,
+        rope_scaling=scaling,
     )
     layer = randomize(Attention(config), torch.float64)
     hidden = torch.randn(2, length, 16, dtype=torch.float64, requires_grad=True)
     documents = torch.randint(0, 2, (2, length)).cumsum(1) if masked else None
-    rotary = rotary_angles(torch.arange(length)[None], 6, 100.0)
+    rotary = rotary_angles(torch.arange(length)[None], config)
     out = layer(hidden, rotary, None if documents is None else document_mask(documents), 0)
-    want = reference.attention(layer, hidden, 100.0, documents)
+    want = reference.attention(layer, config, hidden, documents)
     torch.testing.assert_close(out, want, rtol=0, atol=TOLERANCE[torch.float64])
     probe = torch.randn_like(out)
     for got, expected in zip(

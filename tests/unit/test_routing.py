@@ -375,7 +375,7 @@ def rms_norm(hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 @pytest.mark.parametrize("moe", [None, MoEConfig(4, 2, expert_dim=24)])
-@pytest.mark.parametrize("structure", ["prenorm", "hybridnorm"])
+@pytest.mark.parametrize("structure", ["prenorm", "hybridnorm", "postnorm"])
 def test_norms_of_a_block(structure: Any, moe: MoEConfig | None) -> None:
     torch.manual_seed(0)
     shape = {"dim": DIM, "num_layers": 1, "num_heads": 2, "norm_eps": 1e-3, "tie_embeddings": True}
@@ -385,13 +385,13 @@ def test_norms_of_a_block(structure: Any, moe: MoEConfig | None) -> None:
             parameter.copy_(torch.randn_like(parameter) * 0.4)
     block, tokens = network.blocks[0], torch.randint(8, (2, 5))
     h = network.embedding(tokens)
-    rotary = rotary_angles(torch.arange(5)[None], network.config.head_size, network.config.rope_theta)
+    rotary = rotary_angles(torch.arange(5)[None], network.config)
     for branch, norm, post in (
         (lambda y: block.attention(y, rotary, None, 0), block.attention_norm, block.attention_post_norm),
         (lambda y: block.feed_forward(y)[0], block.feed_forward_norm, block.feed_forward_post_norm),
     ):
-        written = branch(rms_norm(h, norm.weight, 1e-3))
-        h = h + (rms_norm(written, post.weight, 1e-3) if structure == "hybridnorm" else written)
+        written = branch(h if structure == "postnorm" else rms_norm(h, norm.weight, 1e-3))
+        h = h + (written if structure == "prenorm" else rms_norm(written, post.weight, 1e-3))
     want, (out, stats) = rms_norm(h, network.final_norm.weight, 1e-3), network(tokens)
     assert len(stats) == (moe is not None)
     close = {"rtol": TOLERANCE[torch.float64], "atol": TOLERANCE[torch.float64]}
