@@ -1,7 +1,7 @@
 """Deepening by `zero_block`: copies of blocks whose output projections are zero, so that nothing changes at first.
 
 The new blocks get gradient on their output projections only, at the first step (LLaMA-Pro, arXiv 2401.02415). With
-hybridnorm the gain of the norm behind them is zero instead: a norm of zeros has a slope of 1 / sqrt(eps).
+hybridnorm and postnorm the gain of the norm behind them is zero instead: a norm of zeros has a slope of 1 / sqrt(eps).
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ class Deepen:
     def weight(self, name: str) -> Tensor:
         """The parameter of the block's original; zero for what would let a new block's branches write."""
         weight = self.source.weight(self._origin(name))
-        closing = Axis.POST_GAIN if self.config.norm_structure == "hybridnorm" else Axis.RESIDUAL_OUT
+        closing = Axis.RESIDUAL_OUT if self.config.norm_structure == "prenorm" else Axis.POST_GAIN
         is_closed = self._is_new(name) and closing in role_of(name).axes
         return torch.zeros_like(weight) if is_closed else weight
 

@@ -1,7 +1,8 @@
 """What each axis of each parameter stands for. Every growth method works from this one table and names no layer.
 
-A residual *writer* adds to the residual stream, a *reader* takes its input from it (through a norm). So it is with the
-hidden neurons of a feed-forward and for attention heads: their producers have an OUT axis, their consumers an IN axis.
+A residual *writer* adds to the residual stream, a *reader* takes its input from it (through a norm, but for postnorm). So
+it is with the hidden neurons of a feed-forward and for attention heads: their producers have an OUT axis, their consumers
+an IN axis.
 """
 
 import re
@@ -15,6 +16,7 @@ class Axis(Enum):
     VOCABULARY = auto()
     RESIDUAL_OUT = auto()
     RESIDUAL_IN = auto()
+    HEAD_IN = auto()
     NORM_GAIN = auto()
     POST_GAIN = auto()
     FINAL_GAIN = auto()
@@ -26,13 +28,24 @@ class Axis(Enum):
     SHARED_HIDDEN_IN = auto()
     HEADS_OUT = auto()
     HEADS_IN = auto()
-    KV_HEADS_OUT = auto()
-    HEAD_CHANNEL = auto()
+    KEY_HEADS_OUT = auto()
+    VALUE_HEADS_OUT = auto()
+    QUERY_GAIN = auto()
+    KEY_GAIN = auto()
     EXPERT = auto()
     UNIT = auto()
 
 
-IN_AXES = frozenset({Axis.RESIDUAL_IN, Axis.HIDDEN_IN, Axis.EXPERT_HIDDEN_IN, Axis.SHARED_HIDDEN_IN, Axis.HEADS_IN})
+IN_AXES = frozenset(
+    {
+        Axis.RESIDUAL_IN,
+        Axis.HEAD_IN,
+        Axis.HIDDEN_IN,
+        Axis.EXPERT_HIDDEN_IN,
+        Axis.SHARED_HIDDEN_IN,
+        Axis.HEADS_IN,
+    }
+)
 """Axes along which copies of one input are added up."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -40,20 +53,21 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _MODEL_AXES: dict[str, tuple[Axis, ...]] = {
     "embedding.weight": (Axis.VOCABULARY, Axis.RESIDUAL_OUT),
     "final_norm.weight": (Axis.FINAL_GAIN,),
-    "head.weight": (Axis.VOCABULARY, Axis.RESIDUAL_IN),
+    "head.weight": (Axis.VOCABULARY, Axis.HEAD_IN),
 }
 
 _BLOCK_AXES: dict[str, tuple[Axis, ...]] = {
     "attention_norm.weight": (Axis.NORM_GAIN,),
     "attention.q_proj.weight": (Axis.HEADS_OUT, Axis.RESIDUAL_IN),
     "attention.q_proj.bias": (Axis.HEADS_OUT,),
-    "attention.k_proj.weight": (Axis.KV_HEADS_OUT, Axis.RESIDUAL_IN),
-    "attention.k_proj.bias": (Axis.KV_HEADS_OUT,),
-    "attention.v_proj.weight": (Axis.KV_HEADS_OUT, Axis.RESIDUAL_IN),
-    "attention.v_proj.bias": (Axis.KV_HEADS_OUT,),
+    "attention.k_proj.weight": (Axis.KEY_HEADS_OUT, Axis.RESIDUAL_IN),
+    "attention.k_proj.bias": (Axis.KEY_HEADS_OUT,),
+    "attention.v_proj.weight": (Axis.VALUE_HEADS_OUT, Axis.RESIDUAL_IN),
+    "attention.v_proj.bias": (Axis.VALUE_HEADS_OUT,),
     "attention.o_proj.weight": (Axis.RESIDUAL_OUT, Axis.HEADS_IN),
-    "attention.q_norm.weight": (Axis.HEAD_CHANNEL,),
-    "attention.k_norm.weight": (Axis.HEAD_CHANNEL,),
+    "attention.o_proj.bias": (Axis.RESIDUAL_OUT,),
+    "attention.q_norm.weight": (Axis.QUERY_GAIN,),
+    "attention.k_norm.weight": (Axis.KEY_GAIN,),
     "attention_post_norm.weight": (Axis.POST_GAIN,),
     "feed_forward_norm.weight": (Axis.NORM_GAIN,),
     "feed_forward_post_norm.weight": (Axis.POST_GAIN,),

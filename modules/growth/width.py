@@ -165,15 +165,23 @@ def _residual_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisM
     c = _copies(index)
     k = target.dim / source.dim
     ones = torch.ones_like(c)
-    tied = target.tie_embeddings
-    gain = AxisMap(index, (c / k).sqrt(), (k / c).sqrt() / c)
+    writer, gain = _normed_maps(index, k)
+    reader = AxisMap(index, 1 / c, ones)
+    of_the_stream = AxisMap(index, 1 / (k * c).sqrt(), (k / c).sqrt())  # without a norm in between, its scale too
     return {
-        Axis.RESIDUAL_OUT: AxisMap(index, (k / c).sqrt(), 1 / (k * c).sqrt()),
-        Axis.RESIDUAL_IN: AxisMap(index, 1 / c, ones),
+        Axis.RESIDUAL_OUT: writer,
+        Axis.RESIDUAL_IN: of_the_stream if target.norm_structure == "postnorm" else reader,
+        Axis.HEAD_IN: reader,
         Axis.NORM_GAIN: gain,
         Axis.POST_GAIN: AxisMap(index, ones, 1 / c),  # the writer before it has the scale of the stream already
-        Axis.FINAL_GAIN: AxisMap(index, ones / k, k / c) if tied else gain,
+        Axis.FINAL_GAIN: AxisMap(index, ones / k, k / c) if target.tie_embeddings else gain,
     }
+
+
+def _normed_maps(index: Tensor, k: float) -> tuple[AxisMap, AxisMap]:
+    """Of what is copied in front of a norm so that its mean square stays, and of the gains that undo the scale."""
+    c = _copies(index)
+    return AxisMap(index, (k / c).sqrt(), 1 / (k * c).sqrt()), AxisMap(index, (c / k).sqrt(), (k / c).sqrt() / c)
 
 
 def _copy_maps(index: Tensor, out_axis: Axis, in_axis: Axis) -> dict[Axis, AxisMap]:
@@ -190,10 +198,15 @@ def _head_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
     kv_index = _cyclic(source.kv_heads, target.kv_heads)
     target_head = torch.arange(target.num_heads)
     head_index = kv_index[target_head // new_group] * group + (target_head % new_group) % group
-    heads = _per_channel(_copy_maps(head_index, Axis.HEADS_OUT, Axis.HEADS_IN), source.head_size)
+    maps = _copy_maps(head_index, Axis.HEADS_OUT, Axis.HEADS_IN)
     kv_copies = _copies(kv_index)
     kv_map = AxisMap(kv_index, torch.ones_like(kv_copies), 1 / kv_copies)
-    return heads | _per_channel({Axis.KV_HEADS_OUT: kv_map}, source.head_size)
+    maps |= {Axis.KEY_HEADS_OUT: kv_map, Axis.VALUE_HEADS_OUT: kv_map}
+    if source.qk_norm and source.qk_norm_scope == "projection":
+        query, query_gain = _normed_maps(head_index, target.num_heads / source.num_heads)
+        key, key_gain = _normed_maps(kv_index, target.kv_heads / source.kv_heads)
+        maps |= {Axis.HEADS_OUT: query, Axis.QUERY_GAIN: query_gain, Axis.KEY_HEADS_OUT: key, Axis.KEY_GAIN: key_gain}
+    return _per_channel(maps, source.head_size)
 
 
 def _per_channel(maps: dict[Axis, AxisMap], head_size: int) -> dict[Axis, AxisMap]:

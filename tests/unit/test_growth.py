@@ -1,6 +1,8 @@
 """Growth: what is exact stays exact for any shape, and optimizer state follows."""
 
+import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -84,9 +86,9 @@ shapes = st.fixed_dictionaries(
         "more_layers": st.integers(0, 3),
         "tied": st.booleans(),
         "bias": st.booleans(),
-        "norm": st.booleans(),
+        "norm": st.sampled_from([None, "head", "projection"]),
         "moe": st.sampled_from(["none", "plain", "shared"]),
-        "hybrid": st.booleans(),
+        "structure": st.sampled_from(["prenorm", "hybridnorm", "postnorm"]),
         "noise": st.sampled_from([0.0, 0.3]),
         "seed": st.integers(0, 50),
     }
@@ -104,8 +106,10 @@ def small_and_target(shape: dict) -> tuple[ModelConfig, GrowthTarget]:
         ffn_dim=shape["ffn"],
         tie_embeddings=shape["tied"],
         qkv_bias=shape["bias"],
-        qk_norm=shape["norm"],
-        norm_structure="hybridnorm" if shape["hybrid"] else "prenorm",
+        o_bias=shape["bias"],
+        qk_norm=shape["norm"] is not None,
+        qk_norm_scope=shape["norm"] or "head",
+        norm_structure=shape["structure"],
         moe=ROUTED[shape["moe"]],
     )
     kv, group = shape["kv"] + shape["more_kv"], shape["group"] + shape["more_group"]
@@ -217,9 +221,10 @@ def train_step(network: Transformer, optimizer: torch.optim.Optimizer, tokens: T
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    ("kv", "norms", "routed"), [(1, "prenorm", "none"), (4, "prenorm", "none"), (4, "hybridnorm", "shared")]
+    ("kv", "norms", "routed"),
+    [(1, "prenorm", "none"), (4, "prenorm", "none"), (4, "hybridnorm", "shared"), (1, "postnorm", "plain")],
 )
-def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int, norms: str, routed: str) -> None:
+def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int, norms: Any, routed: str) -> None:
     """Integer ratios in every width: the grown model's Adam path is the small model's."""
     torch.manual_seed(0)
     config = ModelConfig(
@@ -231,6 +236,9 @@ def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int,
         ffn_dim=24,
         tie_embeddings=tied,
         qkv_bias=True,
+        o_bias=True,
+        qk_norm=norms != "hybridnorm",
+        qk_norm_scope="head" if norms == "prenorm" else "projection",
         norm_structure=norms,
         moe=ROUTED[routed],
     )
@@ -240,7 +248,7 @@ def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int,
     batches = torch.randint(20, (15, 2, 9))
     for tokens in batches[:5]:
         train_step(small, small_optimizer, tokens)
-    state = {name: small_optimizer.state[p] for name, p in small.named_parameters()}
+    state = {name: copy.deepcopy(small_optimizer.state[p]) for name, p in small.named_parameters()}  # both train on
     to = stage(GrowthTarget(dim=48, num_heads=8, num_kv_heads=kv if kv == 1 else 8, ffn_dim=72))
     chain, _, _ = build_chain(network_source(small, state, {}), to)
     large = materialize(chain, "cpu")
