@@ -1,11 +1,14 @@
 """Checkpoints on disk: a directory that is complete or not there.
 
     step-00000300/            files are written to step-00000300.tmp-<random>, fsynced, and renamed
-        state.pt              Lightning's checkpoint: weights, optimizer, schedule, loops, callbacks, data position
-        tokenizer.json        so that a checkpoint generates and evaluates by itself
+        weights.safetensors   the network's weights, under the names of `Transformer.state_dict()`
+        state.pt              the rest of Lightning's checkpoint: optimizer, schedule, loops, callbacks, data position;
+                              an imported model has none
+        tokenizer.json        so that a checkpoint generates and evaluates by itself; an imported model may have none
         manifest.json         format version, bytes and sha256 of each file, and the metadata; written last
 
-A checkpoint is valid when its manifest is there and every file matches it. Nothing is ever overwritten.
+A checkpoint is valid when its manifest is there and every file matches it. Nothing is ever overwritten. Format version
+1 had the weights in state.pt, and is still read.
 """
 
 import hashlib
@@ -25,11 +28,15 @@ from modules.files import sync_directory, sync_file
 if TYPE_CHECKING:
     from datamodules.tokenizer import Tokenizer
     from modules.layers.transformer import Transformer
+    from modules.weights import Weights
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 TOKENIZER = "tokenizer.json"
+PREFIX = "network."
+"""What Lightning's names of weights begin with: the network is one attribute of the LightningModule."""
 _NAME = re.compile(r"step-(\d+)(?:-stage-(\d+))?")
 
 
@@ -42,26 +49,43 @@ class LoadedModel:
     metadata: dict[str, Any]
 
 
-def write_checkpoint(path: Path, state: Mapping[str, Any], tokenizer_json: str, metadata: Mapping[str, Any]) -> None:
-    """Write a checkpoint directory: aside, fsynced, then renamed.
+def write_checkpoint(
+    path: Path,
+    *,
+    weights: "Weights",
+    metadata: Mapping[str, Any],
+    state: Mapping[str, Any] | None = None,
+    tokenizer_json: str | None = None,
+) -> None:
+    """Write a checkpoint directory: aside, fsynced, then renamed. Weights go to the disk one by one.
+
+    Args:
+        weights: the network's, without Lightning's prefix.
+        metadata: JSON types; `architecture` is what a network is built from.
+        state: Lightning's checkpoint without its weights; none for a model that was not trained here.
 
     Raises:
         FileExistsError: `path` is there already.
     """
     import torch
 
+    from modules.weights import write_safetensors
+
     if path.exists():
         raise FileExistsError(f"checkpoint {path} exists already, and checkpoints are never overwritten")
     aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     aside.mkdir(parents=True)
     try:
-        with (aside / STATE).open("wb") as file:
-            torch.save(dict(state), file)
-        (aside / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-        files = {name: _fingerprint(aside / name) for name in (STATE, TOKENIZER)}
+        write_safetensors(aside / WEIGHTS, weights)
+        if state is not None:
+            with (aside / STATE).open("wb") as file:
+                torch.save(dict(state), file)
+        if tokenizer_json is not None:
+            (aside / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        files = {file.name: _fingerprint(file) for file in sorted(aside.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "files": files, "metadata": dict(metadata)}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        for name in (STATE, TOKENIZER, MANIFEST):
+        for name in (*files, MANIFEST):
             sync_file(aside / name)
         sync_directory(aside)
         aside.rename(path)
@@ -69,6 +93,16 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tokenizer_json: str, 
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def split_state(checkpoint: Mapping[str, Any]) -> tuple["Weights", dict[str, Any]]:
+    """Lightning's checkpoint as `write_checkpoint` takes it: weights, and the rest."""
+    from modules.weights import Weights
+
+    tensors = checkpoint["state_dict"]
+    assert all(name.startswith(PREFIX) for name in tensors), "all weights are the network's"
+    weights = Weights.of({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+    return weights, {key: value for key, value in checkpoint.items() if key != "state_dict"}
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -93,12 +127,45 @@ def verify(path: Path) -> None:
             )
 
 
-def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Lightning's checkpoint dictionary, verified, and read with `weights_only` (no pickled code runs)."""
+def open_weights(path: Path) -> "Weights":
+    """The network's weights, verified, read one by one from a memory map."""
     import torch
 
+    from modules.weights import open_safetensors
+
     verify(path)
-    return torch.load(path / STATE, map_location=map_location, weights_only=True)
+    if (path / WEIGHTS).is_file():
+        return open_safetensors(path / WEIGHTS)
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+    return split_state(state)[0]
+
+
+def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Lightning's checkpoint dictionary, verified, and read with `weights_only` (no pickled code runs).
+
+    Raises:
+        InputError: a damaged checkpoint, or one without a run's state: an imported model.
+    """
+    import torch
+
+    weights = open_weights(path)
+    if not has_state(path):
+        raise InputError(
+            f"checkpoint {path} holds weights alone (it was imported), and no run to continue; start a run from it "
+            "with --model.start_from instead of --ckpt_path"
+        )
+    state = torch.load(path / STATE, map_location=map_location, weights_only=True)
+    return state | {"state_dict": {PREFIX + name: tensor for name, tensor in weights.items()}}
+
+
+def has_state(path: Path) -> bool:
+    """Whether a run can continue from the checkpoint."""
+    return (path / STATE).is_file()
+
+
+def read_tokenizer_json(path: Path) -> str | None:
+    """The text of the checkpoint's tokenizer.json, where it has one."""
+    return (path / TOKENIZER).read_text(encoding="utf-8") if (path / TOKENIZER).is_file() else None
 
 
 def load_model(path: Path) -> LoadedModel:
@@ -110,11 +177,10 @@ def load_model(path: Path) -> LoadedModel:
     from modules.layers.transformer import Transformer
 
     metadata = read_metadata(path)
-    weights = load_state(path)["state_dict"]
+    weights = open_weights(path)
     with torch.device("meta"):
         network = Transformer(ModelConfig.from_dict(metadata["architecture"]))
-    prefix = "network."
-    network.load_state_dict({k.removeprefix(prefix): v.float() for k, v in weights.items()}, assign=True)
+    network.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     tokenizer = Tokenizer.from_json((path / TOKENIZER).read_text(encoding="utf-8"))
     return LoadedModel(network.eval(), tokenizer, metadata)
 

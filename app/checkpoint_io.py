@@ -35,7 +35,11 @@ class DirectoryCheckpointIO(CheckpointIO):
             **self.record,
             "versions": store.library_versions(),
         }
-        store.write_checkpoint(Path(path), checkpoint, self.datamodule.tokenizer.to_json(), metadata)
+        weights, state = store.split_state(checkpoint)
+        tokenizer_json = self.datamodule.tokenizer.to_json()
+        store.write_checkpoint(
+            Path(path), weights=weights, metadata=metadata, state=state, tokenizer_json=tokenizer_json
+        )
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import keyword
 import os
 import sys
 import warnings
@@ -22,9 +23,13 @@ COMMANDS = {
     "evaluate": "lm-eval tasks on a checkpoint",
     "generate": "stream a continuation of a prompt",
     "grow": "the transition of a recipe, on a checkpoint instead of inside a run",
+    "import": "a Hugging Face model into a checkpoint",
+    "export": "a checkpoint into a Hugging Face model",
     "report": "one self-contained HTML page with plots for a run",
 }
 """Each verb is the function of its name in `app.commands`; its signature is its command line."""
+HOMES = {"import": "exchange", "export": "exchange"}
+"""The module of `app.commands` that a verb's function is in, where it is not the verb's own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +76,8 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
     _prepare_process()
     from app.parsing import OneLineParser
 
-    function = getattr(importlib.import_module(f"app.commands.{verb}"), verb)
+    module = importlib.import_module(f"app.commands.{HOMES.get(verb, verb)}")
+    function = getattr(module, f"{verb}_" if keyword.iskeyword(verb) else verb)
     parser = OneLineParser(prog=f"growmoe {verb}", description=COMMANDS[verb])
     _add_signature(parser, function)
     config = parser.parse_args(list(arguments))
@@ -79,15 +85,21 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
 
 
 def _add_signature(parser: "OneLineParser", function: Callable[..., None]) -> None:
-    """Parameters before the `*` of the signature are positional (a list takes all words), those behind it options."""
+    """Parameters before the `*` of the signature are positional (a list takes all words), those behind it options; a
+    switch may stand without a value."""
     parameters = inspect.signature(function).parameters.values()
+    switches = {p.name: p.default for p in parameters if p.annotation is bool}
+    for name, default in switches.items():
+        described = _described(function, name)
+        parser.add_argument(f"--{name}", type=bool, nargs="?", const=True, default=default, help=described)
     options: set[str | int] = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     lists: set[str | int] = {p.name for p in parameters if p.name not in options and p.annotation == list[str]}
     singles: set[str | int] = {p.name for p in parameters if p.name not in options | lists}
     for name in lists:
         parser.add_argument(str(name), nargs="+", type=str, help=_described(function, str(name)))
-    parser.add_function_arguments(function, skip=options | lists, as_positional=True)
-    parser.add_function_arguments(function, as_group=False, skip=singles | lists)
+    done = lists | set(switches)
+    parser.add_function_arguments(function, skip=options | done, as_positional=True)
+    parser.add_function_arguments(function, as_group=False, skip=singles | done)
 
 
 def _described(function: Callable[..., None], name: str) -> str:

@@ -63,6 +63,8 @@ class Growth(pl.Callback):
         """
         architectures = [architecture]
         for number, stage in enumerate(self.stages):
+            if stage.at_step is None and stage.at_tokens is None:
+                raise InputError(f"growth stage {number + 1} does not say when it is due; give at_step or at_tokens")
             try:
                 architectures.append(target_config(architectures[-1], stage))
             except InputError as error:
@@ -145,9 +147,9 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
     _exchange_optimizer(trainer, grown)
     after = _Probe(pl_module, held)
     drift = before.drift(after)
-    check_drift(grown, drift, before.largest)
+    check_drift(grown.transition, drift, before.largest, grown.network.embedding.weight.dtype)
     losses = {"loss_before": before.loss, "loss_after": after.loss}
-    return describe_transition(old.config, grown, stage, drift) | losses
+    return describe_transition(old.config, grown.transition, stage, drift) | losses
 
 
 class _Probe:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from callbacks.eval_results import chance_levels, clean_metrics, headline
 from callbacks.eval_tasks import Suite, load_tasks, preserved_random_state, quiet_harness, seed_everything
 from modules.errors import InputError
-from modules.generation import complete
+from modules.generation import begin, complete
 from modules.layers.transformer import Transformer
 
 FEWSHOT_SEED = 1234
@@ -211,9 +211,9 @@ class HarnessLM(TemplateLM):
             chosen = order[start : start + count]
             continuations = complete(
                 self.network,
-                [prompts[index] for index in chosen],
+                [begin(prompts[index], [self.prefix_token_id]) for index in chosen],
                 max_new_tokens=max_new_tokens,
-                eos_id=self.eot_token_id,
+                end_ids=[self.eot_token_id],
                 temperature=settings["temperature"] if settings["do_sample"] else 0.0,
                 top_k=settings.get("top_k") or None,
                 top_p=settings.get("top_p"),

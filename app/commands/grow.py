@@ -3,14 +3,15 @@
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from torch import Tensor
 
-from app.checkpoint import TOKENIZER, load_state, read_metadata, write_checkpoint
+from app.checkpoint import has_state, load_state, open_weights, read_metadata, read_tokenizer_json, write_checkpoint
 from app.parsing import OneLineParser
 from modules.config import CHECKPOINT_KEY, ModelConfig
 from modules.errors import InputError
@@ -18,12 +19,13 @@ from modules.functional.flops import count_parameters
 from modules.functional.schedule import ScheduleConfig
 from modules.growth.operation import seeded_generator
 from modules.growth.transition import (
-    Grown,
     GrowthStage,
-    apply_stage,
+    Transition,
+    build_transition,
     check_drift,
     describe_transition,
-    network_source,
+    optimizer_parts,
+    tensor_source,
 )
 from modules.layers.transformer import Transformer
 from modules.optim import (
@@ -34,20 +36,34 @@ from modules.optim import (
     continue_scheduler,
     factor_record,
 )
+from modules.streamed import streamed_logits, widened
+from modules.weights import Spec, Weights
 
-PREFIX = "network."
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def grow(checkpoint: Path, *, config: Path, output: Path, stage: int | None = None) -> None:
+def grow(
+    checkpoint: Path,
+    *,
+    config: Path,
+    output: Path,
+    stage: int | None = None,
+    verify: bool = True,
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
+) -> None:
     """Grow the model of a checkpoint by one stage of a recipe, weights and optimizer state, into a new checkpoint.
 
     A run that resumes from the new checkpoint with the same recipe goes on as if the transition had happened inside it.
+    An imported model grows alike; it has no optimizer state. Weights are computed in float32, and held one at a time.
 
     Args:
-        checkpoint: the directory of a checkpoint, such as RUN/checkpoints/step-00000300.
+        checkpoint: the directory of a checkpoint, such as RUN/checkpoints/step-00000300, or an imported model.
         config: YAML with the recipe under `growth:`, as `fit` reads it.
         output: the new checkpoint's directory, which must not exist yet.
         stage: which stage of the recipe, counted from 1; the first one not yet applied when left out.
+        verify: compare logits before and after, on random tokens, and refuse to write an exact method's model that
+            differs by more than rounding; false skips it.
+        dtype: numbers of the new weights. An imported model may have any; one with optimizer state keeps its own.
     """
     if output.exists():
         raise InputError(f"output={output} exists, and checkpoints are never overwritten; choose another name")
@@ -59,10 +75,18 @@ def grow(checkpoint: Path, *, config: Path, output: Path, stage: int | None = No
             f"stage={number} is not in {config}: it has {len(stages)} stages, and the checkpoint has gone through "
             f"{len(metadata['applied_transitions'])}; choose another stage or checkpoint"
         )
-    state, tokenizer_json = load_state(checkpoint), (checkpoint / TOKENIZER).read_text(encoding="utf-8")
-    transition = grow_state(state, metadata, stages[number - 1])
-    write_checkpoint(output, state, tokenizer_json, {**metadata, **state[CHECKPOINT_KEY]})
-    sys.stdout.write(f"{_describe(transition)}\n{output}\n")
+    state = load_state(checkpoint) if has_state(checkpoint) else None
+    if state is not None and dtype != "keep":
+        raise InputError(f"dtype={dtype} would part the weights from their optimizer state; leave it out, or export")
+    grown = grow_model(open_weights(checkpoint), state, metadata, stages[number - 1], DTYPES.get(dtype), verify)
+    write_checkpoint(
+        output,
+        weights=grown.weights,
+        metadata={**metadata, **grown.record},
+        state=grown.state,
+        tokenizer_json=read_tokenizer_json(checkpoint),
+    )
+    sys.stdout.write(f"{_describe(grown.record['transition_records'][-1])}\n{output}\n")
 
 
 def read_recipe(path: Path) -> list[GrowthStage]:
@@ -87,82 +111,127 @@ def read_recipe(path: Path) -> list[GrowthStage]:
     return list(parser.instantiate_classes(parser.parse_object({"stages": recipe["stages"]})).stages)
 
 
-def grow_state(state: dict[str, Any], metadata: Mapping[str, Any], stage: GrowthStage) -> dict[str, Any]:
-    """Grow Lightning's checkpoint dictionary in place by one stage; returns the record of the transition.
+@dataclass(frozen=True)
+class GrownCheckpoint:
+    """What goes into the new checkpoint: weights that are grown as they are read, Lightning's state, the record."""
+
+    weights: Weights
+    state: dict[str, Any] | None
+    record: dict[str, Any]
+
+
+def grow_model(
+    weights: Weights,
+    state: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
+    stage: GrowthStage,
+    dtype: torch.dtype | None,
+    verify: bool,
+) -> GrownCheckpoint:
+    """Grow a checkpoint's model by one stage.
+
+    Args:
+        state: Lightning's, with the optimizer's state; None where the model has none.
+        dtype: of the grown weights; that of the weights before when left out.
 
     Raises:
         InputError: the stage does not fit the model.
         RuntimeError: an exact method changed logits by more than rounding.
     """
     started = time.perf_counter()
-    record = state[CHECKPOINT_KEY]
-    factors = {name: ParameterFactors(*values) for name, values in record["factors"].items()}
-    old = _network(ModelConfig.from_dict(record["architecture"]), state["state_dict"])
-    optimizer = build_optimizer(old, OptimizerConfig(**record["optimizer"]), factors)
-    optimizer.load_state_dict(state["optimizer_states"][0])
-    named = {name: optimizer.state[p] for name, p in old.named_parameters() if p in optimizer.state}
-    grown = apply_stage(network_source(old, named, factors), stage, "cpu")
-    drift, largest = _drift(old, grown.network)
-    check_drift(grown, drift, largest)
-    applied = [*record["applied_transitions"], stage.identity]
-    transition = {
+    before = ModelConfig.from_dict(metadata["architecture"])
+    factors = {name: ParameterFactors(*values) for name, values in metadata["factors"].items()}
+    moments = {} if state is None else _named_moments(before, state["optimizer_states"][0], metadata, factors)
+    source = tensor_source(before, lambda name: widened(weights.read(name)), moments, factors)
+    transition = build_transition(source, stage)
+    grown = _stored(transition, dtype or weights.specs["embedding.weight"].dtype)
+    drift = _checked_drift(weights, before, grown, transition) if verify else None
+    applied = [*metadata["applied_transitions"], stage.identity]
+    entry = {
         "step": metadata["step"],
         "tokens": metadata["tokens"],
-        **describe_transition(old.config, grown, stage, drift),
+        **describe_transition(before, transition, stage, drift),
         "loss_before": None,  # there is no text here to measure it on
         "loss_after": None,
         "seconds": round(time.perf_counter() - started, 3),
         "stage": len(applied),
     }
-    state["state_dict"] = {PREFIX + name: weight for name, weight in grown.network.state_dict().items()}
-    state["optimizer_states"], state["lr_schedulers"] = _optimizer_states(grown, record, metadata["step"])
-    state[CHECKPOINT_KEY] = {
-        **record,
-        "architecture": grown.network.config.to_dict(),
+    record = {
+        "architecture": transition.config.to_dict(),
         "stage": len(applied),
         "applied_transitions": applied,
-        "transition_records": [*record["transition_records"], transition],
-        "factors": factor_record(grown.factors),
+        "transition_records": [*metadata["transition_records"], entry],
     }
-    return transition
+    if state is None:
+        return GrownCheckpoint(grown, None, record)
+    new_factors, optimizers, schedulers = _optimizer_states(transition, stage, metadata)
+    record["factors"] = factor_record(new_factors)
+    rest = {key: value for key, value in state.items() if key != "state_dict"}
+    rest |= {"optimizer_states": optimizers, "lr_schedulers": schedulers}
+    rest[CHECKPOINT_KEY] = {**state[CHECKPOINT_KEY], **record}
+    return GrownCheckpoint(grown, rest, record)
+
+
+def _stored(transition: Transition, dtype: torch.dtype) -> Weights:
+    """The grown weights as they are written: grown wide, then rounded. Buffers keep their own type."""
+    network = _on_meta(transition.config)
+    buffers = {name for name, _ in network.named_buffers()}
+    specs = {
+        name: Spec(tensor.dtype if name in buffers else dtype, tuple(tensor.shape))
+        for name, tensor in network.state_dict().items()
+    }
+    return Weights(specs, lambda name: transition.grown.weight(name).to(specs[name].dtype))
+
+
+def _named_moments(
+    config: ModelConfig, saved: Mapping[str, Any], record: Mapping[str, Any], factors: Mapping[str, ParameterFactors]
+) -> dict[str, dict[str, Tensor]]:
+    """A saved optimizer's state by parameter name: it numbers parameters in the order of its groups."""
+    network = _on_meta(config)
+    optimizer = build_optimizer(network, OptimizerConfig(**record["optimizer"]), factors)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return {name: saved["state"][number] for number, name in enumerate(order) if number in saved["state"]}
 
 
 def _optimizer_states(
-    grown: Grown, record: Mapping[str, Any], step: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """State dictionaries of the grown network's optimizer and schedule, at `step`."""
-    optimizer = build_optimizer(grown.network, OptimizerConfig(**record["optimizer"]), grown.factors)
+    transition: Transition, stage: GrowthStage, record: Mapping[str, Any]
+) -> tuple[dict[str, ParameterFactors], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Factors, and state dictionaries of the grown network's optimizer and of its schedule at the checkpoint's step."""
+    network = _on_meta(transition.config)
+    factors, moments = optimizer_parts(transition, stage, network)
+    optimizer = build_optimizer(network, OptimizerConfig(**record["optimizer"]), factors)
     scheduler = build_scheduler(optimizer, ScheduleConfig(**record["schedule"]), record["total_steps"])
     optimizer.state.update(
-        {parameter: grown.state[name] for name, parameter in grown.network.named_parameters() if name in grown.state}
+        {parameter: moments[name] for name, parameter in network.named_parameters() if name in moments}
     )
-    continue_scheduler(scheduler, step)
-    return [optimizer.state_dict()], [scheduler.state_dict()]
+    continue_scheduler(scheduler, record["step"])
+    return factors, [optimizer.state_dict()], [scheduler.state_dict()]
 
 
 def _describe(transition: Mapping[str, Any]) -> str:
     kinds, methods = (" + ".join(v) if isinstance(v, list) else v for v in (transition["kind"], transition["method"]))
     before = count_parameters(ModelConfig.from_dict(transition["source"])).total
+    drift = transition["max_logit_drift"]
+    verified = "not verified" if drift is None else f"largest change of a logit {drift:.2g}"
     exact = "" if transition["exact"] else " (the method is not exact)"
     return (
         f"{kinds} by {methods}: {before / 1e6:.2f}M to {transition['params_total'] / 1e6:.2f}M parameters, "
-        f"largest change of a logit {transition['max_logit_drift']:.2g}{exact}, {transition['seconds']:.1f} s"
+        f"{verified}{exact}, {transition['seconds']:.1f} s"
     )
 
 
-def _network(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> Transformer:
+def _on_meta(config: ModelConfig) -> Transformer:
+    """A network without numbers: names and shapes."""
     with torch.device("meta"):
-        network = Transformer(config)
-    network.load_state_dict({name.removeprefix(PREFIX): w for name, w in state_dict.items()}, assign=True)
-    return network.requires_grad_().eval()
+        return Transformer(config)
 
 
-@torch.no_grad()
-def _drift(old: Transformer, new: Transformer) -> tuple[float, float]:
-    """The largest change of a logit on random tokens, and the largest logit."""
-    length = min(64, old.config.max_seq_len)
-    tokens_BL = torch.randint(old.config.vocab_size, (4, length), generator=seeded_generator(0, "drift"))
-    before, after = (
-        network.logits(network(tokens_BL, decoding=not network.config.looks_ahead)[0]) for network in (old, new.eval())
-    )
-    return (before - after).abs().max().item(), before.abs().max().item()
+def _checked_drift(before: Weights, config: ModelConfig, after: Weights, transition: Transition) -> float:
+    """The largest change of a logit on random tokens; both models pass through memory block by block."""
+    length = min(64, config.max_seq_len)
+    tokens_BL = torch.randint(config.vocab_size, (4, length), generator=seeded_generator(0, "drift"))
+    old, new = streamed_logits(before, config, tokens_BL), streamed_logits(after, transition.config, tokens_BL)
+    drift = (old - new).abs().max().item()
+    check_drift(transition, drift, old.abs().max().item(), after.specs["embedding.weight"].dtype)
+    return drift

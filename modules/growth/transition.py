@@ -4,7 +4,7 @@ The same code serves a transition inside a run and `growmoe grow` on a checkpoin
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -54,7 +54,7 @@ class GrowthTarget:
 
 @dataclass(frozen=True)
 class GrowthStage:
-    """One transition: when it happens, what the model becomes, and how. Give `at_step` or `at_tokens`."""
+    """One transition: when it happens, what the model becomes, and how. A run needs `at_step` or `at_tokens`."""
 
     target: GrowthTarget
     """the architecture on the other side"""
@@ -76,12 +76,12 @@ class GrowthStage:
     """seed of everything that is drawn in this transition"""
 
     def __post_init__(self) -> None:
-        if (self.at_step is None) == (self.at_tokens is None):
+        given = {name: getattr(self, name) for name in ("at_step", "at_tokens") if getattr(self, name) is not None}
+        if len(given) == 2:
             raise InputError(
-                f"growth stage with at_step={self.at_step} and at_tokens={self.at_tokens} needs exactly one of them; "
-                "remove one or give one"
+                f"growth stage with at_step={self.at_step} and at_tokens={self.at_tokens} has two triggers; remove one"
             )
-        require_positive(**{"growth stage at_step or at_tokens": self.at_step or self.at_tokens or 0})
+        require_positive(**{f"growth stage {name}": value for name, value in given.items()})
         if not 0 <= self.split_noise < math.inf:
             raise InputError(f"split_noise={self.split_noise} must be a finite number of at least 0; 0.1 is usual")
         if not 0 <= self.router_std < math.inf:
@@ -104,11 +104,28 @@ class GrowthStage:
         return _describe(self)
 
 
-def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterSource, list[str], list[str]]:
-    """Chain the operations that a stage needs: widen, then deepen, then upcycle.
+@dataclass(frozen=True)
+class Transition:
+    """What a stage makes of a model: parameters that are grown one by one as they are asked for, and how."""
 
-    Returns:
-        The grown source, the kinds of transition and the methods.
+    grown: ParameterSource
+    kinds: list[str]
+    methods: list[str]
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture on the other side."""
+        return self.grown.config
+
+    @property
+    def is_exact(self) -> bool:
+        """True when the grown model computes the same function, up to rounding."""
+        moe = self.config.moe
+        return "drop" not in self.methods and ("copy" not in self.methods or moe is None or moe.gates_add_up_to_one)
+
+
+def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
+    """Chain the operations that a stage needs: widen, then deepen, then upcycle.
 
     Raises:
         InputError: the target is smaller than the source, cannot be reached, or changes nothing.
@@ -134,51 +151,58 @@ def build_chain(source: ParameterSource, stage: GrowthStage) -> tuple[ParameterS
         methods.append(stage.upcycle)
     if not kinds:
         raise InputError(f"growth stage {stage.trigger} changes nothing; give it a larger target or remove it")
-    return grown, kinds, methods
+    return Transition(grown, kinds, methods)
 
 
 def target_config(source: ModelConfig, stage: GrowthStage) -> ModelConfig:
-    """The architecture after a stage, without touching weights; raises `InputError` as `build_chain` does."""
+    """The architecture after a stage, without touching weights; raises `InputError` as `build_transition` does."""
     nothing: Any = None  # an operation's shape is known before anything is read
-    return build_chain(TensorSource(source, nothing, nothing, nothing), stage)[0].config
+    return build_transition(TensorSource(source, nothing, nothing, nothing), stage).config
 
 
 @dataclass(frozen=True)
 class Grown:
-    """The other side of a transition: the network, its factors, its Adam state by name, and how it came about."""
+    """The other side of a transition: the network, its factors, and its Adam state by name."""
 
+    transition: Transition
     network: Transformer
     factors: dict[str, ParameterFactors]
     state: dict[str, dict[str, Tensor]]
-    kinds: list[str]
-    methods: list[str]
-
-    @property
-    def is_exact(self) -> bool:
-        """True when the grown model computes the same function, up to rounding."""
-        moe = self.network.config.moe
-        return "drop" not in self.methods and ("copy" not in self.methods or moe is None or moe.gates_add_up_to_one)
 
 
 def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.device | str) -> Grown:
     """Grow by one stage: weights always, factors and Adam state where they are mapped."""
-    chain, kinds, methods = build_chain(source, stage)
-    network = materialize(chain, device)
+    transition = build_transition(source, stage)
+    network = materialize(transition.grown, device)
+    return Grown(transition, network, *optimizer_parts(transition, stage, network))
+
+
+def optimizer_parts(
+    transition: Transition, stage: GrowthStage, network: nn.Module
+) -> tuple[dict[str, ParameterFactors], dict[str, dict[str, Tensor]]]:
+    """Factors and Adam state of the grown network's parameters; none when the stage resets them.
+
+    Args:
+        network: names the parameters; it may be on the meta device.
+    """
     if stage.optimizer_state == "reset":
-        return Grown(network, {}, {}, kinds, methods)
-    return Grown(network, grown_factors(chain, network), grown_state(chain, network), kinds, methods)
+        return {}, {}
+    return grown_factors(transition.grown, network), grown_state(transition.grown, network)
 
 
-def describe_transition(source: ModelConfig, grown: Grown, stage: GrowthStage, drift: float) -> dict[str, Any]:
+def describe_transition(
+    source: ModelConfig, transition: Transition, stage: GrowthStage, drift: float | None
+) -> dict[str, Any]:
     """What is on record of a transition, wherever it happened: sizes, methods, and the largest change of a logit."""
-    count = count_parameters(grown.network.config)
+    count = count_parameters(transition.config)
+    kinds, methods = transition.kinds, transition.methods
     return {
-        "kind": grown.kinds[0] if len(grown.kinds) == 1 else grown.kinds,
-        "method": grown.methods[0] if len(grown.methods) == 1 else grown.methods,
+        "kind": kinds[0] if len(kinds) == 1 else kinds,
+        "method": methods[0] if len(methods) == 1 else methods,
         "source": source.to_dict(),
-        "target": grown.network.config.to_dict(),
+        "target": transition.config.to_dict(),
         "max_logit_drift": drift,
-        "exact": grown.is_exact,
+        "exact": transition.is_exact,
         "optimizer_state": stage.optimizer_state,
         "params_total": count.total,
         "params_active": count.active,
@@ -186,17 +210,18 @@ def describe_transition(source: ModelConfig, grown: Grown, stage: GrowthStage, d
     }
 
 
-def check_drift(grown: Grown, drift: float, largest: float) -> None:
+def check_drift(transition: Transition, drift: float, largest: float, dtype: torch.dtype) -> None:
     """Raise RuntimeError when methods that keep the function changed a logit by more than rounding.
 
     Args:
         drift: the largest change of a logit.
         largest: the largest logit before.
+        dtype: of the grown weights.
     """
-    limit = DRIFT_TOLERANCE[grown.network.embedding.weight.dtype] * max(1.0, largest)
-    if grown.is_exact and not drift <= limit:
+    limit = DRIFT_TOLERANCE[dtype] * max(1.0, largest)
+    if transition.is_exact and not drift <= limit:
         raise RuntimeError(
-            f"{' + '.join(grown.methods)} changed a logit by {drift:.3g} and keeps the function up to {limit:.3g}; "
+            f"{' + '.join(transition.methods)} changed a logit by {drift:.3g} and keeps the function up to {limit:.3g}; "
             "nothing is trained or written with the grown model: this is a defect, please report it"
         )
 
@@ -206,6 +231,16 @@ def network_source(
 ) -> TensorSource:
     """A network and its Adam state (by parameter name) as the start of a chain."""
     weights = network.state_dict()  # parameters, and the buffers that checkpoints hold
+    return tensor_source(network.config, lambda name: weights[name].detach(), state, factors)
+
+
+def tensor_source(
+    config: ModelConfig,
+    read_weight: Callable[[str], Tensor],
+    state: Mapping[str, Mapping[str, Tensor]],
+    factors: Mapping[str, ParameterFactors],
+) -> TensorSource:
+    """Weights that are read by name, and Adam state by parameter name, as the start of a chain."""
 
     def read_moments(name: str) -> Moments | None:
         if not state.get(name):
@@ -214,8 +249,8 @@ def network_source(
         return Moments(first, second, float(state[name]["step"]))
 
     return TensorSource(
-        network.config,
-        read_weight=lambda name: weights[name].detach(),
+        config,
+        read_weight=read_weight,
         read_moments=read_moments,
         read_factors=lambda name: factors.get(name, ParameterFactors()),
     )
@@ -246,9 +281,13 @@ def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[st
         moments = grown.moments(name)
         if moments is not None:
             tensors = (moments.first, moments.second)
-            state[name] = {key: t.to(parameter).contiguous() for key, t in zip(OPTIMIZER_KEYS, tensors, strict=True)}
-            state[name]["step"] = torch.tensor(moments.step, dtype=torch.float32, device=parameter.device)
+            state[name] = {key: _like(t, parameter) for key, t in zip(OPTIMIZER_KEYS, tensors, strict=True)}
+            state[name]["step"] = _like(torch.tensor(moments.step, dtype=torch.float32), parameter)
     return state
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    return tensor.contiguous() if parameter.is_meta else tensor.to(parameter).contiguous()
 
 
 def _describe(config: Any) -> str:

@@ -41,7 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--model.architecture.moe={router: {kind: gshard}}", "router.kind=gshard without capacity"),
         ("--model.architecture.moe={router: {kind: top2}}", "router.kind"),
         ("--model.architecture.moe={capacity: {factor: 0}}", "capacity.factor=0.0 must be a finite number above 0"),
-        ("--model.architecture.norm_structure=postnorm", "norm_structure"),
+        ("--model.architecture.norm_structure=sandwich", "norm_structure"),
         ("--expert_load.warn_dead_fraction=2", "expert_load.warn_dead_fraction=2"),
         ("--model.optimizer.lr=nan", "optimizer.lr: Expected a <class 'float'>. Got value: nan"),
         ("--model.optimizer.lr=-1", "lr=-1.0 must be a finite number above 0"),
@@ -82,7 +82,7 @@ def test_flags(flag: str, words: str, world: Path, tmp_path: Path, capsys: pytes
             "growth stage 1: growth target dim=8 is smaller than its source's dim=16",
         ),
         ([{"at_step": 16, "target": {"dim": 24, "num_heads": 3}}], "at_step=16 (step 16) is not below"),
-        ([{"target": {"dim": 24}}], "needs exactly one of them"),
+        ([{"target": {"dim": 24}}], "stage 1 does not say when it is due"),
         ([{"at_tokens": 10**9, "target": {"num_layers": 3}}], "at_tokens=1000000000 (step 7812500) is not below"),
         (
             [{"at_step": 4, "target": {"num_layers": 3}, "split_noise": ".inf"}],

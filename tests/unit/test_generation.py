@@ -15,6 +15,7 @@ from modules.errors import InputError
 from modules.generation import begin, complete, generate, sample
 from modules.layers.transformer import Transformer
 from modules.moe_config import MoEConfig
+from modules.weights import Weights
 
 EOS = 1
 CONFIGS = {
@@ -222,8 +223,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Tokeniz
     config = ModelConfig(vocab_size=byte_tokenizer.vocab_size, dim=16, num_layers=1, num_heads=2, max_seq_len=64)
     network = Transformer(config)
     path = tmp_path_factory.mktemp("run") / "step-00000001"
-    state = {"state_dict": {f"network.{name}": value for name, value in network.state_dict().items()}}
-    write_checkpoint(path, state, byte_tokenizer.to_json(), {"architecture": config.to_dict()})
+    weights, metadata = Weights.of(network.state_dict()), {"architecture": config.to_dict()}
+    write_checkpoint(path, weights=weights, metadata=metadata, tokenizer_json=byte_tokenizer.to_json())
     return path
 
 

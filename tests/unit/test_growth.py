@@ -19,7 +19,7 @@ from modules.growth.transition import (
     GrowthStage,
     GrowthTarget,
     apply_stage,
-    build_chain,
+    build_transition,
     grown_factors,
     grown_state,
     materialize,
@@ -47,7 +47,7 @@ def stage(target: GrowthTarget, **options: object) -> GrowthStage:
 
 
 def grow(network: Transformer, to: GrowthStage) -> Transformer:
-    return materialize(build_chain(network_source(network, {}, {}), to)[0], "cpu")
+    return materialize(build_transition(network_source(network, {}, {}), to).grown, "cpu")
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def test_mapped_state_follows_the_small_model_for_ten_steps(tied: bool, kv: int,
         train_step(small, small_optimizer, tokens)
     state = {name: copy.deepcopy(small_optimizer.state[p]) for name, p in small.named_parameters()}  # both train on
     to = stage(GrowthTarget(dim=48, num_heads=8, num_kv_heads=kv if kv == 1 else 8, ffn_dim=72))
-    chain, _, _ = build_chain(network_source(small, state, {}), to)
+    chain = build_transition(network_source(small, state, {}), to).grown
     large = materialize(chain, "cpu")
     optimizer = build_optimizer(large, settings, grown_factors(chain, large))
     carried = grown_state(chain, large)
@@ -271,7 +271,8 @@ def test_copies_part_only_with_noise() -> None:
     config = ModelConfig(vocab_size=20, dim=16, num_layers=1, num_heads=2, ffn_dim=24)
     for noise, apart in ((0.0, False), (0.2, True)):
         old = make(config)
-        chain, _, _ = build_chain(network_source(old, {}, {}), stage(GrowthTarget(ffn_dim=48), split_noise=noise))
+        to = stage(GrowthTarget(ffn_dim=48), split_noise=noise)
+        chain = build_transition(network_source(old, {}, {}), to).grown
         new = materialize(chain, "cpu")
         optimizer = build_optimizer(new, OptimizerConfig(lr=1e-2), {})
         for _ in range(3):
@@ -287,10 +288,10 @@ def test_new_blocks_and_routers_start_with_fresh_state() -> None:
     train_step(old, optimizer, torch.randint(20, (2, 9)))
     state = {name: optimizer.state[p] for name, p in old.named_parameters()}
     to = stage(GrowthTarget(num_layers=3, moe=MoEConfig(2, 1, layers=(0, 2))), upcycle="drop", drop_ratio=0.5)
-    chain, kinds, methods = build_chain(network_source(old, state, {}), to)
-    new = materialize(chain, "cpu")
-    carried = grown_state(chain, new)
-    assert kinds == ["deepen", "upcycle"] and methods == ["zero_block", "drop"]
+    transition = build_transition(network_source(old, state, {}), to)
+    new = materialize(transition.grown, "cpu")
+    carried = grown_state(transition.grown, new)
+    assert transition.kinds == ["deepen", "upcycle"] and transition.methods == ["zero_block", "drop"]
     fresh = {name for name, _ in new.named_parameters() if name not in carried}
     assert {name.split(".")[1] for name in fresh if "router" not in name} == {"1"}
     assert {name for name in fresh if "router" in name} == {f"blocks.{i}.feed_forward.router.weight" for i in (0, 2)}
@@ -302,7 +303,7 @@ def test_new_blocks_and_routers_start_with_fresh_state() -> None:
 def test_factors_multiply_through_stages() -> None:
     old = make(ModelConfig(vocab_size=20, dim=16, num_layers=1, num_heads=2))
     before = {"blocks.0.feed_forward.down.weight": ParameterFactors(0.5, 2.0, 1.0)}
-    chain, _, _ = build_chain(network_source(old, {}, before), stage(GrowthTarget(ffn_dim=96)))
+    chain = build_transition(network_source(old, {}, before), stage(GrowthTarget(ffn_dim=96))).grown
     assert chain.factors("blocks.0.feed_forward.down.weight") == ParameterFactors(0.25, 4.0, 1.0)
 
 
@@ -348,7 +349,7 @@ def test_a_deepened_mixture_keeps_the_kind_of_each_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"at_step": 1, "at_tokens": 5}, {"at_step": 0}, {"at_step": 1, "drop_ratio": 0.0}]
+    "fields", [{"at_step": 1, "at_tokens": 5}, {"at_step": 0}, {"at_tokens": 0}, {"at_step": 1, "drop_ratio": 0.0}]
 )
 def test_stages_that_make_no_sense_are_refused(fields: dict) -> None:
     with pytest.raises(InputError):
@@ -372,7 +373,7 @@ def test_copies_are_exact_where_gates_add_up_to_one(moe: MoEConfig, exact: bool)
     torch.manual_seed(0)
     old = make(ModelConfig(vocab_size=20, dim=16, num_layers=2, num_heads=2))
     grown = apply_stage(network_source(old, {}, {}), stage(GrowthTarget(moe=moe), upcycle="copy"), "cpu")
-    assert grown.is_exact == exact
+    assert grown.transition.is_exact == exact
     tokens = torch.randint(20, (2, 9))
     new = grown.network
     with torch.no_grad():

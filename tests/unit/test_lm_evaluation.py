@@ -23,6 +23,7 @@ from datamodules.tokenizer import Tokenizer, train_tokenizer
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.layers.transformer import Transformer
+from modules.weights import Weights
 
 pytest.importorskip("lm_eval")
 
@@ -320,11 +321,11 @@ def checkpoint(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyP
     )
     monkeypatch.setattr("datamodules.world.tasks.write_world_tasks", write_tasks)
     network = Model(tokenizer.vocab_size).network
-    state = {"state_dict": {f"network.{name}": value for name, value in network.state_dict().items()}}
     data = {"class": "SyntheticWorld", "world": {"seed": 0}}
     path = tmp_path / "step-00000003"
     metadata = {"architecture": network.config.to_dict(), "step": 3, "tokens": 24, "data": data}
-    write_checkpoint(path, state, tokenizer.to_json(), metadata)
+    weights = Weights.of(network.state_dict())
+    write_checkpoint(path, weights=weights, metadata=metadata, tokenizer_json=tokenizer.to_json())
     return path
 
 

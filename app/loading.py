@@ -1,0 +1,89 @@
+"""Models to use: the checkpoints of runs, and directories in Hugging Face's format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.checkpoint import MANIFEST, open_weights, read_metadata, read_tokenizer_json
+from datamodules.tokenizer import Tokenizer
+from modules.config import ModelConfig
+from modules.errors import InputError
+from modules.layers.transformer import Transformer
+from modules.weights import Weights
+
+HUGGING_FACE_CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network (evaluation mode, CPU), and what is needed to give it text.
+
+    `begin_ids` go in front of every prompt, and may be none; each of `end_ids` ends a text.
+    """
+
+    network: Transformer
+    tokenizer: Tokenizer | None
+    metadata: dict[str, Any]
+    begin_ids: list[int]
+    end_ids: list[int]
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32, tokenizer_file: Path | None = None) -> LoadedModel:
+    """The model in a directory: a checkpoint (it has manifest.json) or a Hugging Face model (it has config.json).
+
+    Args:
+        path: the directory.
+        dtype: the type of numbers that the weights are converted to, one by one.
+        tokenizer_file: a tokenizer.json to use instead of the model's own.
+
+    Raises:
+        InputError: neither kind; a damaged checkpoint; a model that is not supported; a tokenizer that does not fit.
+    """
+    if (path / MANIFEST).is_file():
+        metadata, weights, tokenizer_json = read_metadata(path), open_weights(path), read_tokenizer_json(path)
+        config = ModelConfig.from_dict(metadata["architecture"])
+    elif (path / HUGGING_FACE_CONFIG).is_file():
+        from modules.hugging_face import open_directory
+
+        found = open_directory(path)
+        metadata = {"architecture": found.config.to_dict(), "origin": found.origin}
+        config, weights, tokenizer_json = found.config, found.weights, found.tokenizer_json
+    else:
+        raise InputError(
+            f"{path} holds no model: there is neither {MANIFEST} of a checkpoint in it, nor {HUGGING_FACE_CONFIG} of a "
+            "Hugging Face model; give a directory such as RUN/checkpoints/step-… or a downloaded model's"
+        )
+    tokenizer, begin_ids, end_ids = _text_side(path, metadata.get("origin"), tokenizer_json, tokenizer_file)
+    return LoadedModel(build_network(config, weights, dtype), tokenizer, metadata, begin_ids, end_ids)
+
+
+def build_network(config: ModelConfig, weights: Weights, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The network with these weights, in evaluation mode; nothing is drawn, and no weight is there twice for long."""
+    with torch.device("meta"):
+        network = Transformer(config)
+    network.load_state_dict(dict(weights.cast(dtype).items()), assign=True)
+    return network.eval()
+
+
+def _text_side(
+    path: Path, origin: Mapping[str, Any] | None, tokenizer_json: str | None, tokenizer_file: Path | None
+) -> tuple[Tokenizer | None, list[int], list[int]]:
+    """Tokenizer, begin tokens and end tokens: as the origin has them, or end-of-text for both."""
+    begin_ids = list(origin["begin_ids"]) if origin else []
+    end_ids = list(origin["end_ids"]) if origin else []
+    eos_id = next(iter([*end_ids, *begin_ids]), None)
+    if tokenizer_file is not None:
+        tokenizer = Tokenizer.load(tokenizer_file, eos_id)
+    elif tokenizer_json is not None:
+        try:
+            tokenizer = Tokenizer.from_json(tokenizer_json, eos_id)
+        except InputError as error:
+            raise InputError(f"tokenizer of {path}: {error}") from None
+    else:
+        return None, begin_ids, end_ids
+    if origin:
+        return tokenizer, begin_ids, end_ids
+    return tokenizer, [tokenizer.eos_id], [tokenizer.eos_id]
