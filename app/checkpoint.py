@@ -149,11 +149,7 @@ def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     import torch
 
     weights = open_weights(path)
-    if not has_state(path):
-        raise InputError(
-            f"checkpoint {path} holds weights alone (it was imported), and no run to continue; start a run from it "
-            "with --model.start_from instead of --ckpt_path"
-        )
+    require_state(path)
     state = torch.load(path / STATE, map_location=map_location, weights_only=True)
     return state | {"state_dict": {PREFIX + name: tensor for name, tensor in weights.items()}}
 
@@ -161,6 +157,15 @@ def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 def has_state(path: Path) -> bool:
     """Whether a run can continue from the checkpoint."""
     return (path / STATE).is_file()
+
+
+def require_state(path: Path) -> None:
+    """Raise `InputError` for an imported model, which holds no run to continue."""
+    if not has_state(path):
+        raise InputError(
+            f"checkpoint {path} holds weights alone (it was imported), and no run to continue; start a run from it "
+            "with --model.start_from instead of --ckpt_path"
+        )
 
 
 def read_tokenizer_json(path: Path) -> str | None:

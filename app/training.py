@@ -18,6 +18,7 @@ from app.checkpoint_io import DirectoryCheckpointIO
 from app.parsing import OneLineParser
 from app.resume import choose_checkpoint
 from app.run_log import RunLog
+from app.start import start_from
 from app.wandb_log import WandbSettings, start_wandb
 from callbacks.checkpointing import Checkpointing
 from callbacks.console import Console
@@ -127,6 +128,8 @@ class TrainingCLI(LightningCLI):
         self.model.schedule_config.check_total(max_steps)
         chosen, damaged = choose_checkpoint(run_dir, self._get(self.config_init, "ckpt_path"))
         metadata = self._restore_shape(chosen)
+        if chosen is None and self.model.start_from is not None:
+            start_from(Path(self.model.start_from), self.model, self.datamodule)
         tokens_per_step = self.datamodule.batch_size * self.datamodule.seq_len * self.trainer.world_size
         tokens_per_step *= self.trainer.accumulate_grad_batches
         start, applied = self.model.initial_architecture, self.model.applied_transitions
@@ -159,9 +162,14 @@ class TrainingCLI(LightningCLI):
     def before_validate(self) -> None:
         """Validation needs a checkpoint, and writes nothing."""
         requested = self._get(self.config_init, "ckpt_path")
+        if requested is None and self.model.start_from is not None:
+            start_from(Path(self.model.start_from), self.model, self.datamodule)
+            self._check_data()
+            return
         if requested is None:
             raise InputError(
-                "validate without --ckpt_path would measure random weights; give a checkpoint directory or auto"
+                "validate without --ckpt_path would measure random weights; give a checkpoint directory or auto, or "
+                "--model.start_from an imported model"
             )
         folder = Path(self.trainer.default_root_dir) / "checkpoints"
         chosen = store.newest_valid(folder)[0] if requested == "auto" else Path(requested)
@@ -183,6 +191,7 @@ class TrainingCLI(LightningCLI):
         if chosen is None:
             return {}
         store.verify(chosen)
+        store.require_state(chosen)
         metadata = store.read_metadata(chosen)
         self.model.restore_shape(metadata)
         return metadata

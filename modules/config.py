@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from modules.errors import InputError, require_positive
-from modules.moe_config import MoEConfig
+from modules.moe_config import TRAINING_SETTINGS, MoEConfig
 
 CHECKPOINT_KEY = "growmoe"
 """Where a checkpoint keeps what is needed to rebuild the network before its weights are loaded."""
@@ -199,3 +199,25 @@ class ModelConfig:
                     f"{name}={size} of a routed layer is not a multiple of 8, which grouped matrix products need; "
                     f"choose {name}={8 * round(size / 8) or 8}"
                 )
+
+
+def describe_differences(first: ModelConfig, second: ModelConfig) -> str:
+    """The fields in which two architectures differ, as `name 1 / 2`, but for settings that may change on resume; empty
+    when there are none."""
+    left, right = _flat(first.to_dict()), _flat(second.to_dict())
+    names = [*left, *(name for name in right if name not in left)]
+    pairs = ((name, left.get(name), right.get(name)) for name in names)
+    return ", ".join(f"{name} {one} / {other}" for name, one, other in pairs if one != other)
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted name. Of a bias rate only whether there is a bias: the rate is a training setting."""
+    fields: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            fields |= {prefix + name: "set"} | _flat(value, f"{prefix}{name}.")
+        elif name == "bias_update_rate":
+            fields[f"{prefix}selection_bias"] = value > 0
+        elif name not in TRAINING_SETTINGS:
+            fields[prefix + name] = value
+    return fields

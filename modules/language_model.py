@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from modules.config import CHECKPOINT_KEY, ModelConfig
+from modules.config import CHECKPOINT_KEY, ModelConfig, describe_differences
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.losses import linear_cross_entropy
@@ -20,7 +20,6 @@ from modules.functional.routing import RoutingStats, moved_bias
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
 from modules.metrics import BitsPerByte
-from modules.moe_config import TRAINING_SETTINGS
 from modules.optim import (
     OptimizerConfig,
     ParameterFactors,
@@ -30,6 +29,7 @@ from modules.optim import (
     clip_gradients,
     factor_record,
 )
+from modules.weights import Weights
 
 
 class LanguageModel(pl.LightningModule):
@@ -40,6 +40,8 @@ class LanguageModel(pl.LightningModule):
         optimizer: AdamW's settings.
         schedule: how the learning rate moves; it ends at `trainer.max_steps`.
         loss_chunk_rows: token rows whose vocabulary logits exist at one time.
+        start_from: the directory of a checkpoint whose model the run starts with, in the place of fresh weights: an
+            imported one, a grown one, or another run's. The architecture is then the checkpoint's: leave it out.
     """
 
     def __init__(
@@ -48,11 +50,14 @@ class LanguageModel(pl.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
         loss_chunk_rows: int = 1024,
+        start_from: str | None = None,
     ) -> None:
         super().__init__()
         if loss_chunk_rows < 1:
             raise InputError(f"loss_chunk_rows={loss_chunk_rows} must be at least 1; 1024 is usual")
-        self.check_start(architecture)
+        self.start_from = start_from
+        if start_from is None:
+            self.check_start(architecture)
         self.initial_architecture = architecture
         self.architecture = architecture
         self.stage = 0
@@ -63,7 +68,9 @@ class LanguageModel(pl.LightningModule):
         self.loss_chunk_rows = loss_chunk_rows
         self.factors: dict[str, ParameterFactors] = {}
         self.grad_norm = torch.zeros(())
+        self.origin: dict[str, Any] | None = None
         self.network: Transformer | None = None
+        self._start_weights: Weights | None = None
         self.bits_per_byte: list[BitsPerByte] = []
         self._step_counts_NE: Tensor | None = None
 
@@ -75,8 +82,24 @@ class LanguageModel(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build the network of the current architecture: the initial one, or that of the checkpoint being resumed."""
-        if self.network is None:
-            self.network = Transformer(self.architecture)
+        if self.network is not None:
+            return
+        self.network = Transformer(self.architecture)
+        if self._start_weights is not None:
+            self.network.load_state_dict(dict(self._start_weights.items()))
+            self._start_weights = None
+
+    def begin_with(self, record: Mapping[str, Any], weights: Weights) -> None:
+        """Start with the model of another checkpoint: its record, and its weights, which are read when they are needed.
+
+        Raises:
+            InputError: the configuration's architecture is another one, or not what this class starts from.
+        """
+        self.initial_architecture = self._adopted(ModelConfig.from_dict(record["architecture"]))
+        self.check_start(self.initial_architecture)
+        self.architecture = self.initial_architecture
+        self.origin = record.get("origin")
+        self._start_weights = weights
 
     def set_network(self, network: Transformer, factors: Mapping[str, ParameterFactors], transition_id: str) -> None:
         """Put a grown network in the place of the present one; the optimizer must be set up anew afterwards."""
@@ -96,6 +119,8 @@ class LanguageModel(pl.LightningModule):
             InputError: the checkpoint belongs to a run that started from another architecture.
         """
         saved = ModelConfig.from_dict(record["initial_architecture"])
+        if self.start_from is not None:
+            self.initial_architecture = self._adopted(saved)
         differences = describe_differences(saved, self.initial_architecture)
         if differences:
             raise InputError(
@@ -108,6 +133,20 @@ class LanguageModel(pl.LightningModule):
         self.applied_transitions = list(record["applied_transitions"])
         self.transition_records = list(record["transition_records"])
         self.factors = {name: ParameterFactors(*values) for name, values in record["factors"].items()}
+        self.origin = record.get("origin")
+
+    def _adopted(self, saved: ModelConfig) -> ModelConfig:
+        """The architecture to start from, with the configuration's training settings where it gives an architecture."""
+        given = replace(self.initial_architecture, vocab_size=saved.vocab_size)  # that one is the data's
+        if given == ModelConfig(saved.vocab_size):
+            return saved
+        differences = describe_differences(saved, given)
+        if differences:
+            raise InputError(
+                f"model.start_from={self.start_from} has another architecture than the configuration: {differences} "
+                "(checkpoint against configuration); leave model.architecture out"
+            )
+        return saved.trained_like(given)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what `restore_shape` needs; plain JSON types only."""
@@ -122,6 +161,7 @@ class LanguageModel(pl.LightningModule):
             "optimizer": asdict(self.optimizer_config),
             "schedule": asdict(self.schedule_config),
             "total_steps": self.trainer.max_steps,
+            **({} if self.origin is None else {"origin": self.origin}),
         }
 
     @property
@@ -269,28 +309,6 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
     """Send metrics to every logger at the number of finished optimizer steps."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=trainer.global_step)
-
-
-def describe_differences(first: ModelConfig, second: ModelConfig) -> str:
-    """The fields in which two architectures differ, as `name 1 / 2`, but for settings that may change on resume; empty
-    when there are none."""
-    left, right = _flat(first.to_dict()), _flat(second.to_dict())
-    names = [*left, *(name for name in right if name not in left)]
-    pairs = ((name, left.get(name), right.get(name)) for name in names)
-    return ", ".join(f"{name} {one} / {other}" for name, one, other in pairs if one != other)
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields by dotted name. Of a bias rate only whether there is a bias: the rate is a training setting."""
-    fields: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            fields |= {prefix + name: "set"} | _flat(value, f"{prefix}{name}.")
-        elif name == "bias_update_rate":
-            fields[f"{prefix}selection_bias"] = value > 0
-        elif name not in TRAINING_SETTINGS:
-            fields[prefix + name] = value
-    return fields
 
 
 def growth_metrics(module: LanguageModel) -> dict[str, float]:

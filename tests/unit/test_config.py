@@ -4,11 +4,10 @@ import dataclasses
 
 import pytest
 
-from modules.config import ModelConfig
+from modules.config import ModelConfig, RopeScaling, describe_differences
 from modules.errors import InputError
 from modules.functional.flops import count_parameters, expert_rows_per_token, training_flops_per_token
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
-from modules.language_model import describe_differences
 from modules.layers.transformer import Transformer
 from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
 from modules.optim import OptimizerConfig
@@ -53,7 +52,21 @@ def test_dictionary_round_trip() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("moe", [None, MoEConfig(num_experts=4, top_k=2, every=2), MoEConfig(4, 1, expert_dim=16)])
-@pytest.mark.parametrize("extra", [{}, {"qkv_bias": True, "qk_norm": True, "num_kv_heads": 1, "head_dim": 12}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"qkv_bias": True, "qk_norm": True, "num_kv_heads": 1, "head_dim": 12},
+        {
+            "o_bias": True,
+            "qk_norm": True,
+            "qk_norm_scope": "projection",
+            "num_kv_heads": 2,
+            "norm_structure": "postnorm",
+        },
+        {"norm_structure": "hybridnorm"},
+    ],
+)
 def test_parameter_count_is_the_network(tied: bool, moe: MoEConfig | None, extra: dict) -> None:
     config = ModelConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, tie_embeddings=tied, moe=moe, **extra)
     network = Transformer(config)
@@ -62,6 +75,15 @@ def test_parameter_count_is_the_network(tied: bool, moe: MoEConfig | None, extra
     expert = sum(p.numel() for n, p in network.named_parameters() if ".experts." in n)
     unused = 0 if moe is None else expert * (moe.num_experts - moe.top_k) // moe.num_experts
     assert count.active == count.total - unused
+
+
+def test_rope_scaling_goes_through_records_and_is_checked() -> None:
+    config = ModelConfig(vocab_size=9, rope_scaling=RopeScaling("llama3", 32.0))
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(InputError, match="high_freq_factor=1.0 must be more than"):
+        RopeScaling("llama3", 8.0, high_freq_factor=1.0)
+    with pytest.raises(InputError, match="rope_scaling.factor=0.0"):
+        RopeScaling("linear", 0.0)
 
 
 def test_families_have_their_sizes() -> None:
