@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,8 +143,10 @@ def grow_model(
     factors = {name: ParameterFactors(*values) for name, values in metadata["factors"].items()}
     moments = {} if state is None else _named_moments(before, state["optimizer_states"][0], metadata, factors)
     source = tensor_source(before, lambda name: widened(weights.read(name)), moments, factors)
-    transition = build_transition(source, stage)
-    grown = _stored(transition, dtype or weights.specs["embedding.weight"].dtype)
+    dtype = dtype or weights.specs["embedding.weight"].dtype
+    copies = stage.copies or ("powers" if dtype in (torch.bfloat16, torch.float16) else "even")
+    transition = build_transition(source, replace(stage, copies=copies))
+    grown = _stored(transition, dtype)
     drift = _checked_drift(weights, before, grown, transition) if verify else None
     applied = [*metadata["applied_transitions"], stage.identity]
     entry = {
@@ -173,11 +175,13 @@ def grow_model(
 
 
 def _stored(transition: Transition, dtype: torch.dtype) -> Weights:
-    """The grown weights as they are written: grown wide, then rounded. Buffers keep their own type."""
+    """The grown weights as they are written: grown wide, then rounded. Buffers, and gains and biases, which are few, stay
+    in float32: gains take up what is not exact in fewer bits."""
     network = _on_meta(transition.config)
-    buffers = {name for name, _ in network.named_buffers()}
+    matrices = {name for name, parameter in network.named_parameters() if parameter.ndim > 1}
+    wide = torch.promote_types(dtype, torch.float32)
     specs = {
-        name: Spec(tensor.dtype if name in buffers else dtype, tuple(tensor.shape))
+        name: Spec(dtype if name in matrices else wide, tuple(tensor.shape))
         for name, tensor in network.state_dict().items()
     }
     return Weights(specs, lambda name: transition.grown.weight(name).to(specs[name].dtype))

@@ -17,7 +17,7 @@ from modules.functional.flops import count_parameters
 from modules.growth.depth import Deepen
 from modules.growth.operation import Moments, ParameterSource, TensorSource
 from modules.growth.upcycle import Upcycle
-from modules.growth.width import Widen
+from modules.growth.width import Widen, norm_eps_of_powers
 from modules.layers.transformer import Transformer
 from modules.moe_config import TRAINING_SETTINGS, MoEConfig
 from modules.optim import ParameterFactors
@@ -62,6 +62,9 @@ class GrowthStage:
     """after this many optimizer steps"""
     at_tokens: int | None = None
     """at the first step after this many training tokens"""
+    copies: Literal["even", "powers"] | None = None
+    """widening: a channel's copies are as even in number as can be, or come in powers of 2 and 4, whose scales are exact
+    in bfloat16 and float16; empty: powers where the grown weights are stored in one of those, else even"""
     split_noise: float = 0.0
     """widening (iso): relative noise on split inputs that cancels exactly and makes copies part; 0 for none"""
     upcycle: Literal["copy", "drop"] = "drop"
@@ -135,9 +138,12 @@ def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
     grown: ParameterSource = source
     kinds: list[str] = []
     methods: list[str] = []
+    in_powers = stage.copies == "powers"
     wider = _wider_config(start, target)
     if wider != start:
-        grown = Widen(grown, wider, stage.split_noise, stage.seed)
+        if in_powers:
+            wider = replace(wider, norm_eps=norm_eps_of_powers(start, wider.dim))
+        grown = Widen(grown, wider, stage.split_noise, stage.seed, in_powers)
         kinds.append("widen")
         methods.append("iso")
     if target.num_layers is not None and target.num_layers != start.num_layers:

@@ -1,10 +1,14 @@
 """Widening by `iso`: exact for any ratio of widths, any number of heads and tied or untied embeddings.
 
-Every target index is a copy of the source index i mod n. c_i counts the copies of i's source, κ = D2 / D.
+Every target index is a copy of a source index. c_i counts the copies of i's source, κ = D2 / D.
 With a residual channel's copies scaled by sqrt(κ / c), the mean square of the stream stays what it was, and so does
 RMSNorm; gains undo the scale, and whoever reads copies divides by c.
+
+Copies are as even in number as can be (i mod n), or come in powers: of 4 for residual channels, of 2 elsewhere. Their
+scales sqrt(1 / c) and 1 / c are then exact in bfloat16, and what is left of κ goes into gains and the norms' epsilon.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,16 +52,18 @@ class Widen:
         split_noise: standard deviation, relative to the weights' own, of noise on split inputs that adds up to zero
             over the copies of one input. The function stays the same and the copies learn different things; without it
             (0) copies stay equal for ever under mapped optimizer state.
+        in_powers: copies come in powers, so that rounding weights to bfloat16 loses nothing.
     """
 
     source: ParameterSource
     config: ModelConfig
     split_noise: float = 0.0
     seed: int = 0
+    in_powers: bool = False
 
     def __post_init__(self) -> None:
         _check_widths(self.source.config, self.config)
-        object.__setattr__(self, "_maps", axis_maps(self.source.config, self.config))
+        object.__setattr__(self, "_maps", axis_maps(self.source.config, self.config, self.in_powers))
 
     @property
     def maps(self) -> Mapping[Axis, AxisMap]:
@@ -111,22 +117,34 @@ class Widen:
         return centred * (self.split_noise * grown.std())
 
 
-def axis_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
+def axis_maps(source: ModelConfig, target: ModelConfig, in_powers: bool = False) -> dict[Axis, AxisMap]:
     """The map of every axis role that differs between two architectures."""
     maps: dict[Axis, AxisMap] = {}
     if source.dim != target.dim:
-        maps |= _residual_maps(source, target)
-    if source.ffn_size != target.ffn_size:
-        maps |= _copy_maps(_cyclic(source.ffn_size, target.ffn_size), Axis.HIDDEN_OUT, Axis.HIDDEN_IN)
-    if source.moe and source.expert_size != target.expert_size:
-        hidden = _cyclic(source.expert_size, target.expert_size)
-        maps |= _copy_maps(hidden, Axis.EXPERT_HIDDEN_OUT, Axis.EXPERT_HIDDEN_IN)
-    if source.shared_size != target.shared_size:
-        hidden = _cyclic(source.shared_size, target.shared_size)
-        maps |= _copy_maps(hidden, Axis.SHARED_HIDDEN_OUT, Axis.SHARED_HIDDEN_IN)
+        maps |= _residual_maps(source, target, in_powers)
+    hidden_layers = (
+        (source.ffn_size, target.ffn_size, Axis.HIDDEN_OUT, Axis.HIDDEN_IN),
+        (source.expert_size, target.expert_size, Axis.EXPERT_HIDDEN_OUT, Axis.EXPERT_HIDDEN_IN),
+        (source.shared_size, target.shared_size, Axis.SHARED_HIDDEN_OUT, Axis.SHARED_HIDDEN_IN),
+    )
+    for before, after, out_axis, in_axis in hidden_layers:
+        if before != after:
+            maps |= _copy_maps(_index(before, after, 2 if in_powers else None), out_axis, in_axis)
     if (source.num_heads, source.kv_heads) != (target.num_heads, target.kv_heads):
-        maps |= _head_maps(source, target)
+        maps |= _head_maps(source, target, 2 if in_powers else None)
     return maps
+
+
+def norm_eps_of_powers(source: ModelConfig, dim: int) -> float:
+    """The norms' epsilon behind a widening in powers, where the mean square of the stream falls with the width."""
+    return source.norm_eps if _stream_scale(source, dim) != 1 else source.norm_eps * source.dim / dim
+
+
+def _stream_scale(source: ModelConfig, dim: int) -> float:
+    """The factor on the stream's mean square times κ, of a widening in powers: 1, but where other norms share the
+    epsilon, whose input stays what it was."""
+    shares_eps = source.qk_norm or source.norm_structure != "prenorm"
+    return dim / source.dim if shares_eps else 1.0
 
 
 def _check_widths(source: ModelConfig, target: ModelConfig) -> None:
@@ -151,8 +169,24 @@ def _check_widths(source: ModelConfig, target: ModelConfig) -> None:
         )
 
 
-def _cyclic(source: int, target: int) -> Tensor:
-    return torch.arange(target) % source
+def _index(source: int, target: int, base: int | None = None) -> Tensor:
+    """The source index of each target index: each in turn, or such that all are copied a power of `base` times (but for
+    up to base - 2 of them, where the sizes do not allow it)."""
+    if base is None:
+        return torch.arange(target) % source
+    counts, missing, level = [1] * source, target - source, 1
+    while missing:
+        more = level * (base - 1)
+        raised = min(source, missing // more)
+        for place in range(raised):
+            counts[place] = level * base
+        missing -= raised * more
+        if raised < source:
+            counts[raised] += missing
+            missing = 0
+        level *= base
+    again = [place for place, count in enumerate(counts) for _ in range(count - 1)]
+    return torch.tensor([*range(source), *again])
 
 
 def _copies(index: Tensor) -> Tensor:
@@ -160,12 +194,13 @@ def _copies(index: Tensor) -> Tensor:
     return torch.bincount(index)[index].double()
 
 
-def _residual_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
-    index = _cyclic(source.dim, target.dim)
+def _residual_maps(source: ModelConfig, target: ModelConfig, in_powers: bool) -> dict[Axis, AxisMap]:
+    index = _index(source.dim, target.dim, 4 if in_powers else None)
     c = _copies(index)
     k = target.dim / source.dim
     ones = torch.ones_like(c)
-    writer, gain = _normed_maps(index, k)
+    scale = _stream_scale(source, target.dim) if in_powers else k
+    writer, gain = _normed_maps(index, k, scale)
     reader = AxisMap(index, 1 / c, ones)
     of_the_stream = AxisMap(index, 1 / (k * c).sqrt(), (k / c).sqrt())  # without a norm in between, its scale too
     return {
@@ -174,14 +209,23 @@ def _residual_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisM
         Axis.HEAD_IN: reader,
         Axis.NORM_GAIN: gain,
         Axis.POST_GAIN: AxisMap(index, ones, 1 / c),  # the writer before it has the scale of the stream already
-        Axis.FINAL_GAIN: AxisMap(index, ones / k, k / c) if target.tie_embeddings else gain,
+        Axis.FINAL_GAIN: _tied_gain(index, k, scale) if target.tie_embeddings else gain,
     }
 
 
-def _normed_maps(index: Tensor, k: float) -> tuple[AxisMap, AxisMap]:
-    """Of what is copied in front of a norm so that its mean square stays, and of the gains that undo the scale."""
+def _tied_gain(index: Tensor, k: float, scale: float) -> AxisMap:
+    """Of the gains before a head that is the embedding, and so has the scale of a writer instead of a reader's 1 / c."""
     c = _copies(index)
-    return AxisMap(index, (k / c).sqrt(), 1 / (k * c).sqrt()), AxisMap(index, (c / k).sqrt(), (k / c).sqrt() / c)
+    return AxisMap(index, torch.full_like(c, 1 / math.sqrt(k * scale)), math.sqrt(k * scale) / c)
+
+
+def _normed_maps(index: Tensor, k: float, scale: float | None = None) -> tuple[AxisMap, AxisMap]:
+    """Of what is copied in front of a norm so that its mean square stays (or becomes `scale` / k of it, with its
+    epsilon), and of the gains that undo the copies' scale behind it."""
+    c = _copies(index)
+    scale = k if scale is None else scale
+    writer = AxisMap(index, (scale / c).sqrt(), 1 / (scale * c).sqrt())
+    return writer, AxisMap(index, (c / k).sqrt(), (k / c).sqrt() / c)
 
 
 def _copy_maps(index: Tensor, out_axis: Axis, in_axis: Axis) -> dict[Axis, AxisMap]:
@@ -191,13 +235,13 @@ def _copy_maps(index: Tensor, out_axis: Axis, in_axis: Axis) -> dict[Axis, AxisM
     return {out_axis: AxisMap(index, ones, 1 / c), in_axis: AxisMap(index, 1 / c, ones)}
 
 
-def _head_maps(source: ModelConfig, target: ModelConfig) -> dict[Axis, AxisMap]:
+def _head_maps(source: ModelConfig, target: ModelConfig, base: int | None) -> dict[Axis, AxisMap]:
     """Heads grow inside their key-value group, and whole groups are copied; the tiled order would mix groups."""
     group = source.num_heads // source.kv_heads
     new_group = target.num_heads // target.kv_heads
-    kv_index = _cyclic(source.kv_heads, target.kv_heads)
+    kv_index = _index(source.kv_heads, target.kv_heads, base)
     target_head = torch.arange(target.num_heads)
-    head_index = kv_index[target_head // new_group] * group + (target_head % new_group) % group
+    head_index = kv_index[target_head // new_group] * group + _index(group, new_group, base)[target_head % new_group]
     maps = _copy_maps(head_index, Axis.HEADS_OUT, Axis.HEADS_IN)
     kv_copies = _copies(kv_index)
     kv_map = AxisMap(kv_index, torch.ones_like(kv_copies), 1 / kv_copies)
