@@ -175,7 +175,7 @@ def grow_model(
 
 
 def _stored(transition: Transition, dtype: torch.dtype) -> Weights:
-    """The grown weights as they are written: grown wide, then rounded. Buffers, and gains and biases, which are few, stay
+    """The grown weights as they are written: grown wide, then rounded. Buffers, gains and biases, which are few, stay
     in float32: gains take up what is not exact in fewer bits."""
     network = _on_meta(transition.config)
     matrices = {name for name, parameter in network.named_parameters() if parameter.ndim > 1}

@@ -1,8 +1,8 @@
 """What each axis of each parameter stands for. Every growth method works from this one table and names no layer.
 
-A residual *writer* adds to the residual stream, a *reader* takes its input from it (through a norm, but for postnorm). So
-it is with the hidden neurons of a feed-forward and for attention heads: their producers have an OUT axis, their consumers
-an IN axis.
+A residual *writer* adds to the residual stream, a *reader* takes its input from it (but for postnorm, through a norm).
+So it is with the hidden neurons of a feed-forward and for attention heads: their producers have an OUT axis, their
+consumers an IN axis.
 """
 
 import re

@@ -63,8 +63,8 @@ class GrowthStage:
     at_tokens: int | None = None
     """at the first step after this many training tokens"""
     copies: Literal["even", "powers"] | None = None
-    """widening: a channel's copies are as even in number as can be, or come in powers of 2 and 4, whose scales are exact
-    in bfloat16 and float16; empty: powers where the grown weights are stored in one of those, else even"""
+    """widening: a channel's copies are as even in number as can be, or come in powers of 2 and 4, whose scales are
+    exact in bfloat16 and float16; empty: powers where grown weights are stored in one of those, else even"""
     split_noise: float = 0.0
     """widening (iso): relative noise on split inputs that cancels exactly and makes copies part; 0 for none"""
     upcycle: Literal["copy", "drop"] = "drop"
@@ -227,8 +227,8 @@ def check_drift(transition: Transition, drift: float, largest: float, dtype: tor
     limit = DRIFT_TOLERANCE[dtype] * max(1.0, largest)
     if transition.is_exact and not drift <= limit:
         raise RuntimeError(
-            f"{' + '.join(transition.methods)} changed a logit by {drift:.3g} and keeps the function up to {limit:.3g}; "
-            "nothing is trained or written with the grown model: this is a defect, please report it"
+            f"{' + '.join(transition.methods)} changed a logit by {drift:.3g} and keeps the function up to "
+            f"{limit:.3g}; nothing is trained or written with the grown model: this is a defect, please report it"
         )
 
 

@@ -6,6 +6,7 @@ RMSNorm; gains undo the scale, and whoever reads copies divides by c.
 
 Copies are as even in number as can be (i mod n), or come in powers: of 4 for residual channels, of 2 elsewhere. Their
 scales sqrt(1 / c) and 1 / c are then exact in bfloat16, and what is left of κ goes into gains and the norms' epsilon.
+The few indices that no power fills are at first not written, or not read.
 """
 
 import math
@@ -30,11 +31,13 @@ class AxisMap:
         index: the source index of each target index.
         weight: factor on the parameter, per target index.
         gradient: factor on the parameter's gradient that follows from it, per target index.
+        live: 1, or 0 for inputs that are zero, per target index; None: none is.
     """
 
     index: Tensor
     weight: Tensor
     gradient: Tensor
+    live: Tensor | None = None
 
     def apply(self, tensor: Tensor, axis: int, scale: Tensor) -> Tensor:
         """Copy along one axis, times a factor per index."""
@@ -107,12 +110,13 @@ class Widen:
         generator = seeded_generator(self.seed, "split_noise", name)
         noise = torch.randn(grown.shape, generator=generator, dtype=torch.float32).to(grown)
         index = axis_map.index.to(grown.device)
+        live = (torch.ones_like(axis_map.weight) if axis_map.live is None else axis_map.live).to(grown)
         num_source = int(axis_map.index.max()) + 1
-        sums = torch.zeros(*grown.shape[:axis], num_source, *grown.shape[axis + 1 :], dtype=grown.dtype)
-        sums = sums.to(grown.device).index_add_(axis, index, noise)
-        copies = torch.bincount(index, minlength=num_source)[index]
         shape = [1] * grown.ndim
         shape[axis] = -1
+        sums = torch.zeros(*grown.shape[:axis], num_source, *grown.shape[axis + 1 :], dtype=grown.dtype)
+        sums = sums.to(grown.device).index_add_(axis, index, noise * live.view(shape))
+        copies = torch.bincount(index, weights=live, minlength=num_source)[index]
         centred = noise - sums.index_select(axis, index) / copies.to(grown).view(shape)
         return centred * (self.split_noise * grown.std())
 
@@ -129,9 +133,10 @@ def axis_maps(source: ModelConfig, target: ModelConfig, in_powers: bool = False)
     )
     for before, after, out_axis, in_axis in hidden_layers:
         if before != after:
-            maps |= _copy_maps(_index(before, after, 2 if in_powers else None), out_axis, in_axis)
+            maps |= _copy_maps(_copies(before, after, 2 if in_powers else None), out_axis, in_axis)
     if (source.num_heads, source.kv_heads) != (target.num_heads, target.kv_heads):
-        maps |= _head_maps(source, target, 2 if in_powers else None)
+        normed_together = source.qk_norm and source.qk_norm_scope == "projection"
+        maps |= _head_maps(source, target, 2 if in_powers and not normed_together else None, normed_together)
     return maps
 
 
@@ -169,87 +174,93 @@ def _check_widths(source: ModelConfig, target: ModelConfig) -> None:
         )
 
 
-def _index(source: int, target: int, base: int | None = None) -> Tensor:
-    """The source index of each target index: each in turn, or such that all are copied a power of `base` times (but for
-    up to base - 2 of them, where the sizes do not allow it)."""
+@dataclass(frozen=True)
+class _Copies:
+    """Which source index each target index is a copy of.
+
+    Attributes:
+        index: the source index.
+        live: 1, or 0 for those that only fill the size up (float64).
+    """
+
+    index: Tensor
+    live: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """c: how many live ones share the source, per target index (float64)."""
+        return torch.bincount(self.index, weights=self.live)[self.index]
+
+
+def _copies(source: int, target: int, base: int | None = None) -> _Copies:
+    """Copy each index in turn, or such that each has a power of `base` live copies."""
     if base is None:
-        return torch.arange(target) % source
-    counts, missing, level = [1] * source, target - source, 1
-    while missing:
-        more = level * (base - 1)
-        raised = min(source, missing // more)
-        for place in range(raised):
-            counts[place] = level * base
-        missing -= raised * more
-        if raised < source:
-            counts[raised] += missing
-            missing = 0
+        return _Copies(torch.arange(target) % source, torch.ones(target, dtype=torch.float64))
+    again: list[int] = []
+    room, level = target - source, 1
+    while room >= level * (base - 1):  # level copies of each become level * base, from the first index on
+        raised = min(source, room // (level * (base - 1)))
+        again += [place for place in range(raised) for _ in range(level * (base - 1))]
+        room -= raised * level * (base - 1)
         level *= base
-    again = [place for place, count in enumerate(counts) for _ in range(count - 1)]
-    return torch.tensor([*range(source), *again])
-
-
-def _copies(index: Tensor) -> Tensor:
-    """For each target index, how many targets share its source (float64)."""
-    return torch.bincount(index)[index].double()
+    rest = [place % source for place in range(room)]
+    live = torch.tensor([1.0] * (target - room) + [0.0] * room, dtype=torch.float64)
+    return _Copies(torch.tensor([*range(source), *again, *rest]), live)
 
 
 def _residual_maps(source: ModelConfig, target: ModelConfig, in_powers: bool) -> dict[Axis, AxisMap]:
-    index = _index(source.dim, target.dim, 4 if in_powers else None)
-    c = _copies(index)
+    copies = _copies(source.dim, target.dim, 4 if in_powers else None)
+    index, c = copies.index, copies.count
     k = target.dim / source.dim
     ones = torch.ones_like(c)
     scale = _stream_scale(source, target.dim) if in_powers else k
-    writer, gain = _normed_maps(index, k, scale)
-    reader = AxisMap(index, 1 / c, ones)
-    of_the_stream = AxisMap(index, 1 / (k * c).sqrt(), (k / c).sqrt())  # without a norm in between, its scale too
+    writer, gain = _normed_maps(copies, k, scale)
+    reader = AxisMap(index, 1 / c, ones, copies.live)
+    of_the_stream = AxisMap(index, 1 / (k * c).sqrt(), (k / c).sqrt(), copies.live)  # no norm undoes its scale
+    # A head that is the embedding has the scale of a writer instead of a reader's 1 / c.
+    tied_gain = AxisMap(index, ones / math.sqrt(k * scale), math.sqrt(k * scale) / c)
     return {
         Axis.RESIDUAL_OUT: writer,
         Axis.RESIDUAL_IN: of_the_stream if target.norm_structure == "postnorm" else reader,
         Axis.HEAD_IN: reader,
         Axis.NORM_GAIN: gain,
-        Axis.POST_GAIN: AxisMap(index, ones, 1 / c),  # the writer before it has the scale of the stream already
-        Axis.FINAL_GAIN: _tied_gain(index, k, scale) if target.tie_embeddings else gain,
+        Axis.POST_GAIN: AxisMap(index, copies.live, 1 / c),  # the writer before it has the scale of the stream already
+        Axis.FINAL_GAIN: tied_gain if target.tie_embeddings else gain,
     }
 
 
-def _tied_gain(index: Tensor, k: float, scale: float) -> AxisMap:
-    """Of the gains before a head that is the embedding, and so has the scale of a writer instead of a reader's 1 / c."""
-    c = _copies(index)
-    return AxisMap(index, torch.full_like(c, 1 / math.sqrt(k * scale)), math.sqrt(k * scale) / c)
-
-
-def _normed_maps(index: Tensor, k: float, scale: float | None = None) -> tuple[AxisMap, AxisMap]:
-    """Of what is copied in front of a norm so that its mean square stays (or becomes `scale` / k of it, with its
-    epsilon), and of the gains that undo the copies' scale behind it."""
-    c = _copies(index)
-    scale = k if scale is None else scale
-    writer = AxisMap(index, (scale / c).sqrt(), 1 / (scale * c).sqrt())
+def _normed_maps(copies: _Copies, k: float, scale: float) -> tuple[AxisMap, AxisMap]:
+    """Of what is copied in front of a norm so that its mean square becomes scale / k of what it was, and of the gains
+    behind it that undo the copies' scale."""
+    index, c = copies.index, copies.count
+    writer = AxisMap(index, (scale / c).sqrt() * copies.live, 1 / (scale * c).sqrt())
     return writer, AxisMap(index, (c / k).sqrt(), (k / c).sqrt() / c)
 
 
-def _copy_maps(index: Tensor, out_axis: Axis, in_axis: Axis) -> dict[Axis, AxisMap]:
+def _copy_maps(copies: _Copies, out_axis: Axis, in_axis: Axis) -> dict[Axis, AxisMap]:
     """Producers are copied and consumers share the input among the copies."""
-    c = _copies(index)
+    index, c = copies.index, copies.count
     ones = torch.ones_like(c)
-    return {out_axis: AxisMap(index, ones, 1 / c), in_axis: AxisMap(index, 1 / c, ones)}
+    return {out_axis: AxisMap(index, ones, 1 / c), in_axis: AxisMap(index, copies.live / c, ones)}
 
 
-def _head_maps(source: ModelConfig, target: ModelConfig, base: int | None) -> dict[Axis, AxisMap]:
+def _head_maps(
+    source: ModelConfig, target: ModelConfig, base: int | None, normed_together: bool
+) -> dict[Axis, AxisMap]:
     """Heads grow inside their key-value group, and whole groups are copied; the tiled order would mix groups."""
     group = source.num_heads // source.kv_heads
     new_group = target.num_heads // target.kv_heads
-    kv_index = _index(source.kv_heads, target.kv_heads, base)
-    target_head = torch.arange(target.num_heads)
-    head_index = kv_index[target_head // new_group] * group + _index(group, new_group, base)[target_head % new_group]
-    maps = _copy_maps(head_index, Axis.HEADS_OUT, Axis.HEADS_IN)
-    kv_copies = _copies(kv_index)
-    kv_map = AxisMap(kv_index, torch.ones_like(kv_copies), 1 / kv_copies)
+    kv, inside = _copies(source.kv_heads, target.kv_heads, base), _copies(group, new_group, base)
+    head = torch.arange(target.num_heads)
+    of_kv, of_group = head // new_group, head % new_group
+    heads = _Copies(kv.index[of_kv] * group + inside.index[of_group], kv.live[of_kv] * inside.live[of_group])
+    maps = _copy_maps(heads, Axis.HEADS_OUT, Axis.HEADS_IN)
+    kv_map = AxisMap(kv.index, torch.ones_like(kv.count), 1 / kv.count)
     maps |= {Axis.KEY_HEADS_OUT: kv_map, Axis.VALUE_HEADS_OUT: kv_map}
-    if source.qk_norm and source.qk_norm_scope == "projection":
-        query, query_gain = _normed_maps(head_index, target.num_heads / source.num_heads)
-        key, key_gain = _normed_maps(kv_index, target.kv_heads / source.kv_heads)
-        maps |= {Axis.HEADS_OUT: query, Axis.QUERY_GAIN: query_gain, Axis.KEY_HEADS_OUT: key, Axis.KEY_GAIN: key_gain}
+    if normed_together:
+        k, kv_k = target.num_heads / source.num_heads, target.kv_heads / source.kv_heads
+        maps[Axis.HEADS_OUT], maps[Axis.QUERY_GAIN] = _normed_maps(heads, k, k)
+        maps[Axis.KEY_HEADS_OUT], maps[Axis.KEY_GAIN] = _normed_maps(kv, kv_k, kv_k)
     return _per_channel(maps, source.head_size)
 
 

@@ -80,9 +80,9 @@ def test_parameter_count_is_the_network(tied: bool, moe: MoEConfig | None, extra
 def test_rope_scaling_goes_through_records_and_is_checked() -> None:
     config = ModelConfig(vocab_size=9, rope_scaling=RopeScaling("llama3", 32.0))
     assert ModelConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(InputError, match="high_freq_factor=1.0 must be more than"):
+    with pytest.raises(InputError, match=r"high_freq_factor=1\.0 must be more than"):
         RopeScaling("llama3", 8.0, high_freq_factor=1.0)
-    with pytest.raises(InputError, match="rope_scaling.factor=0.0"):
+    with pytest.raises(InputError, match=r"rope_scaling\.factor=0\.0"):
         RopeScaling("linear", 0.0)
 
 
