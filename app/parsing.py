@@ -48,7 +48,7 @@ def _nested_names() -> Iterator[str]:
     from datamodules import BilingualText, SyntheticWorld, TextDataModule
     from modules.config import ModelConfig
     from modules.functional.schedule import ScheduleConfig
-    from modules.growth.transition import GrowthStage, GrowthTarget
+    from modules.growth.stage import GrowthStage, GrowthTarget
     from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
     from modules.optim import OptimizerConfig
 

@@ -15,9 +15,9 @@ from callbacks.cadence import starts_step, tokens_seen
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.losses import linear_cross_entropy
+from modules.growth.stage import GrowthStage
 from modules.growth.transition import (
     Grown,
-    GrowthStage,
     apply_stage,
     check_drift,
     describe_transition,

@@ -18,8 +18,8 @@ from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.schedule import ScheduleConfig
 from modules.growth.operation import seeded_generator
+from modules.growth.stage import GrowthStage
 from modules.growth.transition import (
-    GrowthStage,
     Transition,
     build_transition,
     check_drift,

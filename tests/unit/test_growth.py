@@ -15,9 +15,8 @@ from modules.errors import InputError
 from modules.functional.losses import linear_cross_entropy
 from modules.growth.depth import source_layers
 from modules.growth.roles import role_of
+from modules.growth.stage import GrowthStage, GrowthTarget
 from modules.growth.transition import (
-    GrowthStage,
-    GrowthTarget,
     apply_stage,
     build_transition,
     grown_factors,

@@ -1,0 +1,95 @@
+"""One stage of a growth recipe: when it happens, what the model becomes, and how."""
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from modules.errors import InputError, require_positive
+from modules.moe_config import TRAINING_SETTINGS, MoEConfig
+
+
+@dataclass(frozen=True)
+class GrowthTarget:
+    """What the model becomes; what is left empty stays as it is (or follows from what changes, as in the model)."""
+
+    dim: int | None = None
+    """width of the residual stream (D)"""
+    num_layers: int | None = None
+    """blocks"""
+    num_heads: int | None = None
+    """query heads (H); a head keeps its channels"""
+    num_kv_heads: int | None = None
+    """key and value heads"""
+    ffn_dim: int | None = None
+    """hidden width of the dense feed-forward (F)"""
+    moe: MoEConfig | None = None
+    """turn feed-forward layers into experts"""
+
+    def widths(self) -> dict[str, int]:
+        """The widths that are given."""
+        fields = {name: getattr(self, name) for name in ("dim", "num_heads", "num_kv_heads", "ffn_dim")}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class GrowthStage:
+    """One transition: when it happens, what the model becomes, and how. A run needs `at_step` or `at_tokens`."""
+
+    target: GrowthTarget
+    """the architecture on the other side"""
+    at_step: int | None = None
+    """after this many optimizer steps"""
+    at_tokens: int | None = None
+    """at the first step after this many training tokens"""
+    copies: Literal["even", "powers"] | None = None
+    """widening: a channel's copies are as even in number as can be, or come in powers of 2 and 4, whose scales are
+    exact in bfloat16 and float16; empty: powers where grown weights are stored in one of those, else even"""
+    split_noise: float = 0.0
+    """widening (iso): relative noise on split inputs that cancels exactly and makes copies part; 0 for none"""
+    upcycle: Literal["copy", "drop"] = "drop"
+    """experts are equal copies of the feed-forward, or copies with a share of neurons drawn anew"""
+    drop_ratio: float = 0.5
+    """drop: share of each expert's hidden neurons drawn anew"""
+    router_std: float = 0.02
+    """standard deviation of the new router's weights"""
+    optimizer_state: Literal["mapped", "reset"] = "mapped"
+    """carry Adam's moments over, scaled as the growth demands, or start them afresh"""
+    seed: int = 0
+    """seed of everything that is drawn in this transition"""
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("at_step", "at_tokens") if getattr(self, name) is not None}
+        if len(given) == 2:
+            raise InputError(
+                f"growth stage with at_step={self.at_step} and at_tokens={self.at_tokens} has two triggers; remove one"
+            )
+        require_positive(**{f"growth stage {name}": value for name, value in given.items()})
+        if not 0 <= self.split_noise < math.inf:
+            raise InputError(f"split_noise={self.split_noise} must be a finite number of at least 0; 0.1 is usual")
+        if not 0 <= self.router_std < math.inf:
+            raise InputError(f"router_std={self.router_std} must be a finite number of at least 0; 0.02 is usual")
+        if not 0 < self.drop_ratio <= 1:
+            raise InputError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; 0.5 is usual")
+
+    @property
+    def trigger(self) -> str:
+        """When it happens, in words."""
+        return f"at_step={self.at_step}" if self.at_step is not None else f"at_tokens={self.at_tokens}"
+
+    def due_step(self, tokens_per_step: int) -> int:
+        """The optimizer step after which it is due, in a run that begins with steps of this size."""
+        return self.at_step if self.at_step is not None else math.ceil((self.at_tokens or 0) / tokens_per_step)
+
+    @property
+    def identity(self) -> str:
+        """Names the transition in checkpoints, so that it is applied once; training settings may change behind it."""
+        return _describe(self)
+
+
+def _describe(config: Any) -> str:
+    """The fields of a dataclass that differ from their defaults; fields that come later do not change it."""
+    chosen = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    chosen = {name: value for name, value in chosen.items() if name not in TRAINING_SETTINGS}
+    if getattr(config, "bias_update_rate", 0):
+        chosen["selection_bias"] = True
+    return ", ".join(f"{k}=({_describe(v)})" if is_dataclass(v) else f"{k}={v}" for k, v in chosen.items())
