@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from modules.errors import InputError, require_positive
+from modules.growth.depth import DepthMethod
+from modules.growth.width import Noise, WidthMethod, WidthRules
 from modules.moe_config import TRAINING_SETTINGS, MoEConfig
 
 
@@ -41,11 +43,25 @@ class GrowthStage:
     """after this many optimizer steps"""
     at_tokens: int | None = None
     """at the first step after this many training tokens"""
-    copies: Literal["even", "powers"] | None = None
-    """widening: a channel's copies are as even in number as can be, or come in powers of 2 and 4, whose scales are
-    exact in bfloat16 and float16; empty: powers where grown weights are stored in one of those, else even"""
+    width: WidthMethod = "iso"
+    """widening: iso (exact for any ratio), zero (new channels start unwritten; exact), lemon (iso whose split inputs
+    are drawn; exact), fpi (exact for whole ratios), aki (new rows from the next layer; not exact)"""
+    copies: Literal["even", "random", "powers"] | None = None
+    """widening: new indices copy the old ones in turn, or at random, or in powers of 2 and 4, whose scales are exact in
+    bfloat16 and float16; empty: powers where grown weights are stored in one of those, else even"""
     split_noise: float = 0.0
-    """widening (iso): relative noise on split inputs that cancels exactly and makes copies part; 0 for none"""
+    """widening: relative noise on split inputs that cancels exactly and makes copies part; 0 for none"""
+    noise: Noise = "projection"
+    """that noise is drawn and centred over the copies of an input, or has + and - in pairs of copies"""
+    aki_scope: Literal["all", "ffn_heads"] = "all"
+    """aki: all output rows are taken from the next layer, or those of hidden neurons and heads"""
+    aki_consumers: Literal["self", "next"] = "self"
+    """aki: what reads new neurons and heads is its own layer's, or the next layer's too"""
+    depth: DepthMethod = "zero_block"
+    """deepening: zero_block (new blocks write nothing at first; exact), stack (the whole model again and again) or
+    interpolate (each block again behind itself); the last two are not exact"""
+    new_layers: tuple[int, ...] | None = None
+    """zero_block: the numbers of the new blocks in the deeper model, from 0; empty: spread evenly"""
     upcycle: Literal["copy", "drop"] = "drop"
     """experts are equal copies of the feed-forward, or copies with a share of neurons drawn anew"""
     drop_ratio: float = 0.5
@@ -58,6 +74,8 @@ class GrowthStage:
     """seed of everything that is drawn in this transition"""
 
     def __post_init__(self) -> None:
+        if self.new_layers is not None:
+            object.__setattr__(self, "new_layers", tuple(self.new_layers))
         given = {name: getattr(self, name) for name in ("at_step", "at_tokens") if getattr(self, name) is not None}
         if len(given) == 2:
             raise InputError(
@@ -70,6 +88,12 @@ class GrowthStage:
             raise InputError(f"router_std={self.router_std} must be a finite number of at least 0; 0.02 is usual")
         if not 0 < self.drop_ratio <= 1:
             raise InputError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; 0.5 is usual")
+
+    @property
+    def width_rules(self) -> WidthRules:
+        """How it widens."""
+        kind = self.copies or "even"
+        return WidthRules(self.width, kind, self.split_noise, self.noise, self.aki_scope, self.aki_consumers, self.seed)
 
     @property
     def trigger(self) -> str:

@@ -14,10 +14,11 @@ from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.growth.depth import Deepen
+from modules.growth.maps import widened_eps
 from modules.growth.operation import Moments, ParameterSource, TensorSource
 from modules.growth.stage import GrowthStage, GrowthTarget
 from modules.growth.upcycle import Upcycle
-from modules.growth.width import Widen, norm_eps_of_powers
+from modules.growth.width import Widen
 from modules.layers.transformer import Transformer
 from modules.optim import ParameterFactors
 
@@ -30,22 +31,21 @@ OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Transition:
-    """What a stage makes of a model: parameters that are grown one by one as they are asked for, and how."""
+    """What a stage makes of a model: parameters that are grown one by one as they are asked for, and how.
+
+    Attributes:
+        is_exact: whether the grown model computes the same function, up to rounding.
+    """
 
     grown: ParameterSource
     kinds: list[str]
     methods: list[str]
+    is_exact: bool
 
     @property
     def config(self) -> ModelConfig:
         """The architecture on the other side."""
         return self.grown.config
-
-    @property
-    def is_exact(self) -> bool:
-        """True when the grown model computes the same function, up to rounding."""
-        moe = self.config.moe
-        return "drop" not in self.methods and ("copy" not in self.methods or moe is None or moe.gates_add_up_to_one)
 
 
 def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
@@ -59,18 +59,20 @@ def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
     grown: ParameterSource = source
     kinds: list[str] = []
     methods: list[str] = []
-    in_powers = stage.copies == "powers"
+    exact = True
     wider = _wider_config(start, target)
     if wider != start:
-        if in_powers:
-            wider = replace(wider, norm_eps=norm_eps_of_powers(start, wider.dim))
-        grown = Widen(grown, wider, stage.split_noise, stage.seed, in_powers)
+        rules = stage.width_rules
+        wider = replace(wider, norm_eps=widened_eps(start, wider.dim, rules.maps))
+        grown = Widen(grown, wider, rules)
+        exact = rules.is_exact(start, wider)
         kinds.append("widen")
-        methods.append("iso")
+        methods.append(rules.method)
     if target.num_layers is not None and target.num_layers != start.num_layers:
-        grown = Deepen(grown, target.num_layers)
+        grown = Deepen(grown, target.num_layers, stage.depth, stage.new_layers)
+        exact = exact and stage.depth == "zero_block"
         kinds.append("deepen")
-        methods.append("zero_block")
+        methods.append(stage.depth)
     if target.moe is not None and target.moe != start.moe:
         drop = stage.drop_ratio if stage.upcycle == "drop" else 0.0
         grown = Upcycle(grown, target.moe, drop, stage.router_std, stage.seed)
@@ -78,7 +80,8 @@ def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
         methods.append(stage.upcycle)
     if not kinds:
         raise InputError(f"growth stage {stage.trigger} changes nothing; give it a larger target or remove it")
-    return Transition(grown, kinds, methods)
+        exact = exact and stage.upcycle != "drop" and target.moe.gates_add_up_to_one
+    return Transition(grown, kinds, methods, exact)
 
 
 def target_config(source: ModelConfig, stage: GrowthStage) -> ModelConfig:

@@ -13,7 +13,9 @@ from torch import Tensor
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.losses import linear_cross_entropy
-from modules.growth.depth import source_layers
+from modules.growth.depth import Deepen
+from modules.growth.maps import MapRules
+from modules.growth.operation import TensorSource
 from modules.growth.roles import role_of
 from modules.growth.stage import GrowthStage, GrowthTarget
 from modules.growth.transition import (
@@ -25,7 +27,6 @@ from modules.growth.transition import (
     network_source,
     target_config,
 )
-from modules.growth.width import _copies
 from modules.layers.transformer import Transformer
 from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
 from modules.optim import OptimizerConfig, ParameterFactors, build_optimizer
@@ -157,7 +158,7 @@ def test_copies_in_powers_lose_nothing_in_bfloat16(tied: bool) -> None:
 
 @given(st.integers(1, 40), st.integers(0, 400), st.sampled_from([2, 4]))
 def test_copies_come_in_powers(source: int, more: int, base: int) -> None:
-    copies = _copies(source, source + more, base)
+    copies = MapRules("powers").copies("some", source, source + more, base)
     assert copies.index[:source].tolist() == list(range(source)) and len(copies.index) == source + more
     counts = torch.bincount(copies.index, weights=copies.live).long().tolist()
     assert set(counts) <= {base**n for n in range(10)} and max(counts) <= base * min(counts)
@@ -195,13 +196,64 @@ def test_pre_norm_rms_is_unchanged() -> None:
         torch.testing.assert_close(before, after, rtol=1e-10, atol=0)
 
 
+def origins(before: int, after: int, *options: Any) -> list[int]:
+    nothing: Any = None
+    source = TensorSource(ModelConfig(20, dim=16, num_layers=before, num_heads=2), nothing, nothing, nothing)
+    return Deepen(source, after, *options).origins
+
+
+def test_which_layer_a_layer_comes_from() -> None:
+    assert origins(3, 6) == origins(3, 6, "interpolate") == [0, 0, 1, 1, 2, 2]
+    assert origins(3, 7, "stack") == [0, 1, 2, 0, 1, 2, 0]
+    forty = origins(32, 40, "interpolate")  # AquilaMoE, 7B to 16B: every fourth layer twice
+    assert [layer for layer in range(1, 40) if forty[layer] == forty[layer - 1]] == [1, 6, 11, 16, 21, 26, 31, 36]
+    assert origins(3, 6, "zero_block", (0, 4, 5)) == [0, 0, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("stack", (1,)), "only zero_block has it"),
+        (("zero_block", (1,)), "must name 2 different layers of 0..4"),
+        (("zero_block", (1, 5)), "must name 2 different layers"),
+    ],
+)
+def test_wrong_places_for_new_layers_are_refused(options: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        origins(3, 5, *options)
+
+
+@pytest.mark.parametrize("new_layers", [None, (0, 3)])
+@pytest.mark.parametrize("moe", [None, MoEConfig(3, 2, every=2)])
+def test_zero_blocks_stand_anywhere(new_layers: Any, moe: MoEConfig | None) -> None:
+    torch.manual_seed(0)
+    old = make(ModelConfig(vocab_size=20, dim=16, num_layers=3, num_heads=2, moe=moe))
+    new = grow(old, stage(GrowthTarget(num_layers=5), new_layers=new_layers))
+    assert drift(old, new) == 0.0
+
+
+@pytest.mark.parametrize("method", ["stack", "interpolate"])
+def test_stacked_blocks_carry_weights_and_state(method: Any) -> None:
+    torch.manual_seed(0)
+    old = make(ModelConfig(vocab_size=20, dim=16, num_layers=2, num_heads=2))
+    optimizer = build_optimizer(old, OptimizerConfig(), {})
+    train_step(old, optimizer, torch.randint(20, (2, 9)))
+    state = {name: optimizer.state[p] for name, p in old.named_parameters()}
+    transition = build_transition(network_source(old, state, {}), stage(GrowthTarget(num_layers=4), depth=method))
+    assert not transition.is_exact and transition.methods == [method]
+    new = materialize(transition.grown, "cpu")
+    carried, weights = grown_state(transition.grown, new), old.state_dict()
+    for name, weight in new.state_dict().items():
+        role = role_of(name)
+        layer = None if role.layer is None else (role.layer % 2 if method == "stack" else role.layer // 2)
+        origin = name if layer is None else role.at_layer(layer)
+        assert torch.equal(weight, weights[origin])
+        assert torch.equal(carried[name]["exp_avg"], state[origin]["exp_avg"])
+    assert drift(old, new) > 1e-3
+
+
 def test_zero_blocks_change_no_bit_and_learn_through_their_output_first() -> None:
     torch.manual_seed(0)
-    assert source_layers(3, 6) == [0, 0, 1, 1, 2, 2]
-    assert [layer for layer in range(40) if source_layers(32, 40)[layer] == source_layers(32, 40)[layer - 1]][:2] == [
-        1,
-        6,
-    ]
     old = make(ModelConfig(vocab_size=20, dim=16, num_layers=2, num_heads=2))
     new = grow(old, stage(GrowthTarget(num_layers=3)))
     assert drift(old, new) == 0.0
