@@ -89,9 +89,9 @@ def _add_signature(parser: "OneLineParser", function: Callable[..., None]) -> No
     switch may stand without a value."""
     parameters = inspect.signature(function).parameters.values()
     switches = {p.name: p.default for p in parameters if p.annotation is bool}
-    for name, default in switches.items():
-        described = _described(function, name)
-        parser.add_argument(f"--{name}", type=bool, nargs="?", const=True, default=default, help=described)
+    for switch, default in switches.items():
+        described = _described(function, switch)
+        parser.add_argument(f"--{switch}", type=bool, nargs="?", const=True, default=default, help=described)
     options: set[str | int] = {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
     lists: set[str | int] = {p.name for p in parameters if p.name not in options and p.annotation == list[str]}
     singles: set[str | int] = {p.name for p in parameters if p.name not in options | lists}

@@ -14,7 +14,11 @@ import tokenizers
 from modules.errors import InputError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-_EOS_NAMES = (EOS, "<|endoftext|>", "</s>", "<|im_end|>")
+# how others call the end of a text, what ends a whole document before what ends a turn of a chat
+_EOS_NAMES = (
+    *(EOS, "<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"),
+    *("<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>", "<eos>"),
+)
 _NUM_RESERVED = 256 + 3  # every byte and the three special tokens
 
 # The split of GPT-4 and Llama 3, with runs of Han characters apart from other letters and from punctuation: a word of
@@ -30,9 +34,9 @@ _SPLIT = (
 
 
 class Tokenizer:
-    """Text to token ids and back. Text never produces special tokens, also where it spells one."""
+    """Text to token ids and back. Text produces no special tokens, also where it spells one, unless asked to."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, eos_id: int | None = None) -> None:
         """Builds the tokenizer from the text of a `tokenizer.json`; see `load`, `from_json` and `train_tokenizer`."""
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
@@ -43,11 +47,11 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self._inner.encode_special_tokens = True
-        self.eos_id = self._find_eos()
+        self.eos_id = self._find_eos() if eos_id is None else self._check_eos(eos_id)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a `tokenizer.json`.
+    def load(cls, path: str | Path, eos_id: int | None = None) -> "Tokenizer":
+        """Reads a `tokenizer.json`; `eos_id` as in `from_json`.
 
         Raises:
             InputError: if the file is missing, is no tokenizer, or has no end-of-text token.
@@ -59,14 +63,19 @@ class Tokenizer:
         except UnicodeDecodeError:
             raise InputError(f"tokenizer {path} is not UTF-8 text; give a tokenizer.json") from None
         try:
-            return cls(text)
+            return cls(text, eos_id)
         except InputError as error:
             raise InputError(f"tokenizer {path}: {error}") from None
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
-        """The tokenizer that `to_json` wrote."""
-        return cls(text)
+    def from_json(cls, text: str, eos_id: int | None = None) -> "Tokenizer":
+        """The tokenizer that `to_json` wrote, or another of the tokenizers library.
+
+        Args:
+            text: the content of a `tokenizer.json`.
+            eos_id: the end-of-text token, where its name does not tell.
+        """
+        return cls(text, eos_id)
 
     def to_json(self) -> str:
         """The text of the `tokenizer.json`, byte for byte as it was loaded or trained."""
@@ -102,9 +111,19 @@ class Tokenizer:
             sizes[index] = 0 if added.special else len(added.content.encode())
         return sizes
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without special tokens."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """Token ids of a text; nothing is put in front or behind.
+
+        Args:
+            text: any text.
+            special_tokens: where the text spells a special token, as the markup of a chat does, take it as that token.
+                Not for text that others wrote: it could then end the document.
+        """
+        self._inner.encode_special_tokens = not special_tokens
+        try:
+            return self._inner.encode(text, add_special_tokens=False).ids
+        finally:
+            self._inner.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts, without special tokens; uses every core."""
@@ -113,6 +132,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def _check_eos(self, eos_id: int) -> int:
+        if not 0 <= eos_id < self.vocab_size:
+            raise InputError(
+                f"end-of-text token {eos_id} is outside the tokenizer's vocabulary of {self.vocab_size}; "
+                "use the tokenizer that belongs to the model"
+            )
+        return eos_id
 
     def _find_eos(self) -> int:
         for name in _EOS_NAMES:

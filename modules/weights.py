@@ -92,7 +92,7 @@ def write_safetensors(path: Path, weights: Weights, metadata: Mapping[str, str] 
             assert found == weights.specs[name], f"{name} is {found} and was announced as {weights.specs[name]}"
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             if len(flat):
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 def open_safetensors(path: Path) -> Weights:

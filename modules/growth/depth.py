@@ -62,6 +62,11 @@ class Deepen:
         return replace(before, num_layers=self.num_layers, moe=replace(before.moe, layers=routed))
 
     @property
+    def is_exact(self) -> bool:
+        """New blocks of `zero_block` write nothing at first."""
+        return self.method == "zero_block"
+
+    @property
     def origins(self) -> list[int]:
         """The source layer of each layer."""
         before = self.source.config.num_layers

@@ -37,6 +37,15 @@ class ParameterSource(Protocol):
     def factors(self, name: str) -> ParameterFactors: ...
 
 
+class Operation(ParameterSource, Protocol):
+    """Parameters that are grown from those of another source."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the model computes the same function as before, up to rounding."""
+        ...
+
+
 @dataclass(frozen=True)
 class TensorSource:
     """Parameters at hand: the start of a chain."""

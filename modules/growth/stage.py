@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from modules.errors import InputError, require_positive
 from modules.growth.depth import DepthMethod
+from modules.growth.upcycle import UpcycleRules, Variation
 from modules.growth.width import Noise, WidthMethod, WidthRules
 from modules.moe_config import TRAINING_SETTINGS, MoEConfig
 
@@ -62,10 +63,13 @@ class GrowthStage:
     interpolate (each block again behind itself); the last two are not exact"""
     new_layers: tuple[int, ...] | None = None
     """zero_block: the numbers of the new blocks in the deeper model, from 0; empty: spread evenly"""
-    upcycle: Literal["copy", "drop"] = "drop"
-    """experts are equal copies of the feed-forward, or copies with a share of neurons drawn anew"""
+    upcycle: Variation = "drop"
+    """experts are equal copies of the feed-forward (of its shards, where moe.expert_dim is smaller; of each expert,
+    where there are experts already), or copies with a share of neurons drawn anew, or with noise"""
     drop_ratio: float = 0.5
     """drop: share of each expert's hidden neurons drawn anew"""
+    expert_noise: float = 0.1
+    """noise: its standard deviation, relative to the weights'"""
     router_std: float = 0.02
     """standard deviation of the new router's weights"""
     optimizer_state: Literal["mapped", "reset"] = "mapped"
@@ -82,10 +86,11 @@ class GrowthStage:
                 f"growth stage with at_step={self.at_step} and at_tokens={self.at_tokens} has two triggers; remove one"
             )
         require_positive(**{f"growth stage {name}": value for name, value in given.items()})
-        if not 0 <= self.split_noise < math.inf:
-            raise InputError(f"split_noise={self.split_noise} must be a finite number of at least 0; 0.1 is usual")
-        if not 0 <= self.router_std < math.inf:
-            raise InputError(f"router_std={self.router_std} must be a finite number of at least 0; 0.02 is usual")
+        for name, usual in (("split_noise", 0.1), ("router_std", 0.02), ("expert_noise", 0.1)):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(
+                    f"{name}={getattr(self, name)} must be a finite number of at least 0; {usual} is usual"
+                )
         if not 0 < self.drop_ratio <= 1:
             raise InputError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; 0.5 is usual")
 
@@ -94,6 +99,11 @@ class GrowthStage:
         """How it widens."""
         kind = self.copies or "even"
         return WidthRules(self.width, kind, self.split_noise, self.noise, self.aki_scope, self.aki_consumers, self.seed)
+
+    @property
+    def upcycle_rules(self) -> UpcycleRules:
+        """How experts are made."""
+        return UpcycleRules(self.upcycle, self.drop_ratio, self.expert_noise, self.router_std, self.seed)
 
     @property
     def trigger(self) -> str:

@@ -14,8 +14,9 @@ from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.growth.depth import Deepen
+from modules.growth.duplicate import Duplicate
 from modules.growth.maps import widened_eps
-from modules.growth.operation import Moments, ParameterSource, TensorSource
+from modules.growth.operation import Moments, Operation, ParameterSource, TensorSource
 from modules.growth.stage import GrowthStage, GrowthTarget
 from modules.growth.upcycle import Upcycle
 from modules.growth.width import Widen
@@ -56,32 +57,27 @@ def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
     """
     target, start = stage.target, source.config
     _check_not_smaller(start, target)
+    steps: list[tuple[str, str, Operation]] = []
     grown: ParameterSource = source
-    kinds: list[str] = []
-    methods: list[str] = []
-    exact = True
+
+    def add(kind: str, method: str, operation: Operation) -> Operation:
+        steps.append((kind, method, operation))
+        return operation
+
     wider = _wider_config(start, target)
     if wider != start:
         rules = stage.width_rules
         wider = replace(wider, norm_eps=widened_eps(start, wider.dim, rules.maps))
-        grown = Widen(grown, wider, rules)
-        exact = rules.is_exact(start, wider)
-        kinds.append("widen")
-        methods.append(rules.method)
+        grown = add("widen", stage.width, Widen(grown, wider, rules))
     if target.num_layers is not None and target.num_layers != start.num_layers:
-        grown = Deepen(grown, target.num_layers, stage.depth, stage.new_layers)
-        exact = exact and stage.depth == "zero_block"
-        kinds.append("deepen")
-        methods.append(stage.depth)
+        grown = add("deepen", stage.depth, Deepen(grown, target.num_layers, stage.depth, stage.new_layers))
     if target.moe is not None and target.moe != start.moe:
-        drop = stage.drop_ratio if stage.upcycle == "drop" else 0.0
-        grown = Upcycle(grown, target.moe, drop, stage.router_std, stage.seed)
-        kinds.append("upcycle")
-        methods.append(stage.upcycle)
-    if not kinds:
+        scale_out = Upcycle if start.moe is None else Duplicate
+        grown = add("upcycle", stage.upcycle, scale_out(grown, target.moe, stage.upcycle_rules))
+    if not steps:
         raise InputError(f"growth stage {stage.trigger} changes nothing; give it a larger target or remove it")
-        exact = exact and stage.upcycle != "drop" and target.moe.gates_add_up_to_one
-    return Transition(grown, kinds, methods, exact)
+    kinds, methods, operations = zip(*steps, strict=True)
+    return Transition(grown, list(kinds), list(methods), all(operation.is_exact for operation in operations))
 
 
 def target_config(source: ModelConfig, stage: GrowthStage) -> ModelConfig:

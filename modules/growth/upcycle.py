@@ -1,12 +1,21 @@
 """Scale-out: dense feed-forward layers become routed experts.
 
-`copy` (sparse upcycling, arXiv 2212.05055): E equal copies. With renormalised gates the model computes what it did
-before; the router's language-model gradient is then exactly zero at the first step, because all experts agree.
-`drop` (drop-upcycling, arXiv 2502.19261): in each expert a share of the hidden neurons is drawn anew, which breaks the
-symmetry and changes the function.
+Each feed-forward is cut into G shards of the experts' width (G = 1: whole), and expert e starts from shard e mod G; so
+experts g·G ... g·G + G - 1 together are one copy of the feed-forward, and they share a router row: a top-k that is a
+multiple of G always takes whole copies (virtual groups, arXiv 2410.07524). `copy` with G = 1 is sparse upcycling (arXiv
+2212.05055), with G = E and any top-k it is LLaMA-MoE's split (arXiv 2406.16554). `drop` draws a share of each expert's
+neurons anew (arXiv 2502.19261), `noise` adds to each expert's weights; both break the symmetry and change the function.
+
+What gates take away is made good by α = G / Γ on the experts' output, Γ being what the gates of a token add up to with
+a router of zeros: as sqrt(α) on `up` and `down`, which SwiGLU hands on exactly. With renormalised gates Γ is known for
+any router, and the model computes what it did before; otherwise only while the router is zero. The router's
+language-model gradient is then exactly zero at the first step where all its experts agree.
 """
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,118 +27,215 @@ from modules.growth.roles import Axis, role_of
 from modules.moe_config import MoEConfig
 from modules.optim import ParameterFactors
 
+Variation = Literal["copy", "drop", "noise"]
+
 _EXPERT_PARTS = {
     "feed_forward.experts.gate": "feed_forward.gate.weight",
     "feed_forward.experts.up": "feed_forward.up.weight",
     "feed_forward.experts.down": "feed_forward.down.weight",
 }
+_SHARED_PARTS = {
+    "feed_forward.shared.gate.weight": "feed_forward.gate.weight",
+    "feed_forward.shared.up.weight": "feed_forward.up.weight",
+    "feed_forward.shared.down.weight": "feed_forward.down.weight",
+}
+_SCALED = ("up", "up.weight", "down", "down.weight")
 _ROUTER = "feed_forward.router.weight"
+_SHARED_GATE = "feed_forward.shared_gate.weight"
 _BIAS = "feed_forward.router.selection_bias_E"
+
+
+@dataclass(frozen=True)
+class UpcycleRules:
+    """How experts come from a feed-forward, or from other experts."""
+
+    variation: Variation = "drop"
+    """equal copies, or copies with neurons drawn anew, or with noise"""
+    drop_ratio: float = 0.5
+    """drop: share of an expert's neurons"""
+    noise: float = 0.1
+    """noise: its standard deviation, relative to the weights' own"""
+    router_std: float = 0.02
+    """standard deviation of a new router's weights"""
+    seed: int = 0
+
+    def varied(self, name: str, expert: int, matrix: Tensor) -> Tensor:
+        """One expert's matrix [D, F] or [F, D], made different from its equals."""
+        if self.variation == "copy":
+            return matrix
+        generator = seeded_generator(self.seed, "redrawn", name, str(expert))
+        if self.variation == "noise":
+            drawn = torch.randn(matrix.shape, generator=generator).to(matrix)
+            return matrix + drawn * (self.noise * matrix.std())
+        axis = hidden_axis(name)
+        dropped = self.dropped(name, expert, matrix.shape[axis]).to(matrix.device)
+        old = matrix.index_select(axis, dropped)
+        drawn = torch.randn(old.shape, generator=generator).to(matrix) * old.std() + old.mean()
+        return matrix.index_copy(axis, dropped, drawn)
+
+    def dropped(self, name: str, expert: int, hidden: int) -> Tensor:
+        """Hidden neurons that this expert draws anew, like what they replace: one set for gate, up and down."""
+        if self.variation != "drop":
+            return torch.zeros(0, dtype=torch.long)
+        generator = seeded_generator(self.seed, "dropped", str(role_of(name).layer), str(expert))
+        return torch.randperm(hidden, generator=generator)[: round(self.drop_ratio * hidden)].sort().values
 
 
 @dataclass(frozen=True)
 class Upcycle:
     """Turn the feed-forward layers that `moe` names into experts.
 
-    Args:
-        drop_ratio: share of each expert's hidden neurons that are drawn anew (0: plain copies).
-        router_std: standard deviation of the fresh router's weights.
+    Shared experts take the first neurons of the feed-forward, and routed ones the others.
     """
 
     source: ParameterSource
     moe: MoEConfig
-    drop_ratio: float = 0.0
-    router_std: float = 0.02
-    seed: int = 0
+    rules: UpcycleRules = UpcycleRules()
 
     def __post_init__(self) -> None:
-        before = self.source.config
+        before, moe = self.source.config, self.moe
         if before.moe is not None:
             raise InputError(
                 f"growth source already has num_experts={before.moe.num_experts}; only a dense model can be upcycled: "
                 "remove moe from this stage's target"
             )
-        if self.moe.num_shared_experts:
+        size, shared, pool = self.config.expert_size, self.config.shared_size, self._pool
+        if pool < size or pool % size:
             raise InputError(
-                f"growth target has num_shared_experts={self.moe.num_shared_experts}, and a feed-forward becomes "
-                "routed experts only; leave num_shared_experts out, or train the mixture from scratch"
+                f"moe.expert_dim={size} does not divide the {pool} hidden neurons that the feed-forward's "
+                f"{before.ffn_size} leave beside shared_size={shared}; choose a divisor, or leave expert_dim empty"
             )
-        if self.config.expert_size != before.ffn_size:
+        if moe.num_experts % self.num_shards:
             raise InputError(
-                f"moe.expert_dim={self.config.expert_size} differs from the dense feed-forward's {before.ffn_size}; "
-                "experts that start from a feed-forward have its width: leave expert_dim empty"
+                f"num_experts={moe.num_experts} is no multiple of the {self.num_shards} shards of width {size} that a "
+                "feed-forward is cut into; choose a multiple, or a larger expert_dim"
             )
-        if not 0 <= self.drop_ratio <= 1:
-            raise InputError(f"drop_ratio={self.drop_ratio} must lie between 0 and 1; 0.5 is usual")
 
-    @property
+    @cached_property
     def config(self) -> ModelConfig:
         """The routed architecture."""
-        return replace(self.source.config, moe=self.moe)
+        moe, ffn_size = self.moe, self.source.config.ffn_size
+        shared = moe.num_shared_experts * (moe.shared_expert_dim or moe.expert_dim or 0)
+        if moe.expert_dim is None and shared:
+            moe = replace(moe, expert_dim=ffn_size - shared)
+        return replace(self.source.config, moe=moe)
+
+    @property
+    def num_shards(self) -> int:
+        """G: experts that together hold one copy of the feed-forward."""
+        return max(1, self._pool // self.config.expert_size)
+
+    @property
+    def output_scale(self) -> float:
+        """α: what the experts' outputs are multiplied with."""
+        moe = self.moe
+        gates = 1.0 if moe.renormalize else moe.top_k / moe.num_experts
+        if not moe.renormalize and moe.router.score == "sigmoid":
+            gates = moe.top_k / 2
+        return self.num_shards / (gates * moe.router.gate_scale)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the routed model computes the same function, up to rounding, as long as no token is dropped."""
+        moe, rules = self.moe, self.rules
+        whole_copies = moe.top_k % self.num_shards == 0
+        gates_known = moe.router.kind == "top_k" and (moe.renormalize or rules.router_std == 0)
+        return rules.variation == "copy" and whole_copies and gates_known
 
     def weight(self, name: str) -> Tensor:
         """The parameter; experts come from the dense feed-forward of their layer, the router is drawn."""
         role = role_of(name)
         if role.part == _ROUTER:
-            shape = (self.moe.num_experts, self.config.dim)
-            drawn = torch.randn(shape, generator=seeded_generator(self.seed, "router", name))
-            return (drawn * self.router_std).to(self.source.weight("final_norm.weight"))
-        if role.part == _BIAS:
-            return torch.zeros(self.moe.num_experts, device=self.source.weight("final_norm.weight").device)
+            return self._router(name)
+        if role.part in (_BIAS, _SHARED_GATE):
+            one = self.source.weight("final_norm.weight")
+            shape = (self.moe.num_experts,) if role.part == _BIAS else (1, self.config.dim)
+            return torch.zeros(shape, device=one.device, dtype=torch.float32 if role.part == _BIAS else one.dtype)
+        if role.part in _SHARED_PARTS:
+            return self._shared(name, self.source.weight(self._dense_name(name))) * self._scale(name)
         if role.part not in _EXPERT_PARTS:
             return self.source.weight(name)
-        dense = self.source.weight(self._dense_name(name)).T
-        if not self.drop_ratio:
-            return dense.expand(self.moe.num_experts, *dense.shape).clone()
-        return torch.stack([self._redraw(name, expert, dense) for expert in range(self.moe.num_experts)])
+        shards = self._shards(name, self.source.weight(self._dense_name(name)))
+        experts = [self.rules.varied(name, expert, shard) for expert, shard in enumerate(self._dealt(shards))]
+        return torch.stack(experts) * self._scale(name)
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state: an expert sees 1/E of the gradient (first moment) in K/E of the tokens, each with a gate of
-        about 1/K (second moment, where the noise outweighs the mean); a redrawn neuron forgets its first moment."""
+        """Adam's state. A shard's gradient is shared out among its E / G experts (first moment); each of them sees K/E
+        of the tokens, with G / K of the dense slope (second moment, where the noise outweighs the mean). A redrawn
+        neuron forgets its first moment."""
         role = role_of(name)
-        if role.part == _ROUTER:
+        if role.part in (_ROUTER, _SHARED_GATE):
             return None
-        if role.part not in _EXPERT_PARTS:
+        if role.part not in _EXPERT_PARTS | _SHARED_PARTS:
             return self.source.moments(name)
         before = self.source.moments(self._dense_name(name))
         if before is None:
             return None
-        num_experts, top_k = self.moe.num_experts, self.moe.top_k
-        first = (before.first.T / num_experts).repeat(num_experts, 1, 1)
-        second = (before.second.T / (num_experts * top_k)).repeat(num_experts, 1, 1)
-        for expert in range(num_experts if self.drop_ratio else 0):
-            first[expert].index_fill_(self._hidden_axis(name), self._dropped(name, expert).to(first.device), 0.0)
+        scale = self._scale(name)
+        if role.part in _SHARED_PARTS:
+            first, second = (self._shared(name, moment) for moment in (before.first, before.second))
+            return Moments(first / scale, second / scale**2, before.step)
+        num_experts, top_k, shards = self.moe.num_experts, self.moe.top_k, self.num_shards
+        parts = shards / num_experts / scale, shards**2 / (num_experts * top_k) / scale**2
+        moments = zip((before.first, before.second), parts, strict=True)
+        first, second = (torch.stack(self._dealt(self._shards(name, moment * part))) for moment, part in moments)
+        for expert in range(num_experts):
+            dropped = self.rules.dropped(name, expert, self.config.expert_size).to(first.device)
+            first[expert].index_fill_(hidden_axis(name), dropped, 0.0)
         return Moments(first, second, before.step)
 
     def factors(self, name: str) -> ParameterFactors:
-        """Experts keep their feed-forward's factors; the router has none."""
+        """Experts keep their feed-forward's factors, with the scale of their weights; the router has none."""
         role = role_of(name)
-        if role.part == _ROUTER:
+        if role.part in (_ROUTER, _SHARED_GATE):
             return ParameterFactors()
-        if role.part in _EXPERT_PARTS:
-            return self.source.factors(self._dense_name(name))
-        return self.source.factors(name)
+        if role.part not in _EXPERT_PARTS | _SHARED_PARTS:
+            return self.source.factors(name)
+        scale = self._scale(name)
+        return self.source.factors(self._dense_name(name)) * ParameterFactors(lr=scale, weight_decay=1 / scale)
+
+    @property
+    def _pool(self) -> int:
+        """Hidden neurons that routed experts hold."""
+        return self.source.config.ffn_size - self.config.shared_size
+
+    def _scale(self, name: str) -> float:
+        """The factor on a matrix: sqrt(α) on up and down. A shared expert's gate is 1/2 at first."""
+        part = role_of(name).part
+        if not part.endswith(_SCALED):
+            return 1.0
+        if part in _SHARED_PARTS:
+            return math.sqrt(2.0) if self.moe.shared_gate else 1.0
+        return math.sqrt(self.output_scale)
 
     def _dense_name(self, name: str) -> str:
-        """The dense weight that an expert's matrix starts from (its transpose)."""
+        """The dense weight that an expert's matrix starts from (its transpose, for a routed one)."""
         role = role_of(name)
-        return f"blocks.{role.layer}.{_EXPERT_PARTS[role.part]}"
+        return f"blocks.{role.layer}.{(_EXPERT_PARTS | _SHARED_PARTS)[role.part]}"
 
-    def _hidden_axis(self, name: str) -> int:
-        """The axis of hidden neurons in one expert's matrix."""
-        axes = role_of(name).axes[1:]
-        return next(i for i, axis in enumerate(axes) if axis in (Axis.EXPERT_HIDDEN_OUT, Axis.EXPERT_HIDDEN_IN))
+    def _shared(self, name: str, dense: Tensor) -> Tensor:
+        """The first neurons; a dense `down` has them as columns."""
+        axis = 1 if role_of(name).part.endswith("down.weight") else 0
+        return dense.narrow(axis, 0, self.config.shared_size)
 
-    def _dropped(self, name: str, expert: int) -> Tensor:
-        """Hidden neurons that this expert draws anew: one set for gate, up and down."""
-        hidden = self.config.expert_size
-        generator = seeded_generator(self.seed, "dropped", str(role_of(name).layer), str(expert))
-        return torch.randperm(hidden, generator=generator)[: round(self.drop_ratio * hidden)].sort().values
+    def _shards(self, name: str, dense: Tensor) -> list[Tensor]:
+        """The neurons behind those of shared experts, as G matrices in the experts' layout."""
+        axis = hidden_axis(name)
+        return list(dense.T.narrow(axis, self.config.shared_size, self._pool).split(self.config.expert_size, axis))
 
-    def _redraw(self, name: str, expert: int, dense: Tensor) -> Tensor:
-        """One expert's matrix, the dropped neurons drawn from N(mean, std) of the weights that they replace."""
-        axis, dropped = self._hidden_axis(name), self._dropped(name, expert).to(dense.device)
-        old = dense.index_select(axis, dropped)
-        generator = seeded_generator(self.seed, "redrawn", name, str(expert))
-        drawn = torch.randn(old.shape, generator=generator).to(dense) * old.std() + old.mean()
-        return dense.index_copy(axis, dropped, drawn)
+    def _dealt(self, shards: list[Tensor]) -> list[Tensor]:
+        """Expert e's shard, e mod G."""
+        return [shards[expert % self.num_shards] for expert in range(self.moe.num_experts)]
+
+    def _router(self, name: str) -> Tensor:
+        """One drawn row for each copy of the feed-forward, repeated for its shards."""
+        shape = (self.moe.num_experts // self.num_shards, self.config.dim)
+        drawn = torch.randn(shape, generator=seeded_generator(self.rules.seed, "router", name))
+        rows = drawn.repeat_interleave(self.num_shards, dim=0) * self.rules.router_std
+        return rows.to(self.source.weight("final_norm.weight"))
+
+
+def hidden_axis(name: str) -> int:
+    """The axis of hidden neurons in one expert's matrix."""
+    axes = role_of(name).axes[1:]
+    return next(i for i, axis in enumerate(axes) if axis in (Axis.EXPERT_HIDDEN_OUT, Axis.EXPERT_HIDDEN_IN))

@@ -61,17 +61,6 @@ class WidthRules:
         """Of split inputs. LEMON draws them as large as the weights (a random projection, arXiv 2310.07999)."""
         return 1.0 if self.method == "lemon" else self.split_noise
 
-    def is_exact(self, source: ModelConfig, target: ModelConfig) -> bool:
-        """Whether the wider model computes the same function, up to rounding."""
-        if self.method == "aki":
-            return source == target
-        if self.method == "fpi":
-            together = source.qk_norm and source.qk_norm_scope == "projection"
-            sizes = [(source.dim, target.dim)]
-            sizes += [(source.num_heads, target.num_heads), (source.kv_heads, target.kv_heads)] if together else []
-            return all(after == before or (after % before == 0 and self.copies == "even") for before, after in sizes)
-        return True
-
 
 @dataclass(frozen=True)
 class Widen:
@@ -89,6 +78,20 @@ class Widen:
     def maps(self) -> Mapping[Axis, AxisMap]:
         """The map of each axis role that grows."""
         return self._maps  # type: ignore[attr-defined]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the wider model computes the same function, up to rounding."""
+        before, after = self.source.config, self.config
+        if self.rules.method == "aki":
+            return False
+        if self.rules.method != "fpi":
+            return True
+        sizes = [(before.dim, after.dim)]
+        if before.qk_norm and before.qk_norm_scope == "projection":
+            sizes += [(before.num_heads, after.num_heads), (before.kv_heads, after.kv_heads)]
+        whole = all(large % small == 0 for small, large in sizes)
+        return whole and (self.rules.copies == "even" or all(large == small for small, large in sizes))
 
     def weight(self, name: str) -> Tensor:
         """The grown parameter."""

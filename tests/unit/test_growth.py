@@ -407,8 +407,8 @@ BASE = ModelConfig(vocab_size=20, dim=48, num_layers=4, num_heads=3)
         (GrowthTarget(num_kv_heads=6, num_heads=6, dim=40), "dim=40 is smaller"),
         (GrowthTarget(dim=52, moe=MoEConfig(4, 2)), "dim=52 of a routed layer is not a multiple of 8"),
         (
-            GrowthTarget(moe=MoEConfig(4, 2, expert_dim=32)),
-            "moe.expert_dim=32 differs from the dense feed-forward's 128",
+            GrowthTarget(moe=MoEConfig(4, 2, expert_dim=48)),
+            "moe.expert_dim=48 does not divide the 128 hidden neurons",
         ),
         (GrowthTarget(num_layers=4), "changes nothing"),
     ],
@@ -424,10 +424,18 @@ def test_a_head_keeps_its_channels() -> None:
     assert target_config(BASE, stage(GrowthTarget(dim=64, num_heads=4))).head_dim is None
 
 
-def test_a_mixture_is_not_upcycled_again() -> None:
+@pytest.mark.parametrize(
+    ("moe", "words"),
+    [
+        (MoEConfig(8, 2, expert_dim=32), "changes more of a mixture than num_experts"),
+        (MoEConfig(6, 2), "num_experts=6, top_k=2 must be a multiple of the source's 4 experts"),
+        (MoEConfig(8, 1), "at least its top_k=2"),
+    ],
+)
+def test_a_mixture_only_gets_more_experts(moe: MoEConfig, words: str) -> None:
     routed = dataclasses.replace(BASE, moe=MoEConfig(4, 2))
-    with pytest.raises(InputError, match="already has num_experts=4"):
-        target_config(routed, stage(GrowthTarget(moe=MoEConfig(8, 2))))
+    with pytest.raises(InputError, match=words):
+        target_config(routed, stage(GrowthTarget(moe=moe)))
 
 
 def test_a_deepened_mixture_keeps_the_kind_of_each_layer() -> None:
@@ -448,7 +456,7 @@ def test_stages_that_make_no_sense_are_refused(fields: dict) -> None:
     [
         (MoEConfig(4, 2, capacity=CapacityConfig(factor=0.5, at_evaluation=True)), True),
         (MoEConfig(4, 2, router=RouterConfig(score="sigmoid", bias_update_rate=1e-3)), True),
-        (MoEConfig(4, 2, router=RouterConfig(gate_scale=2.5)), False),
+        (MoEConfig(4, 2, router=RouterConfig(gate_scale=2.5)), True),
         (MoEConfig(4, 2, renormalize=False), False),
         (
             MoEConfig(4, 2, router=RouterConfig("gshard"), capacity=CapacityConfig()),

@@ -40,6 +40,14 @@ def test_special_tokens_come_first_and_are_left_out_of_text(tokenizer: Tokenizer
     assert tokenizer.decode([0, *tokenizer.encode("a 狐"), 1, 2]) == "a 狐"
 
 
+def test_special_tokens_are_recognised_only_when_asked_for(tokenizer: Tokenizer) -> None:
+    text = "a<|eos|>狐<|bos|>"
+    a, fox = tokenizer.encode("a"), tokenizer.encode("狐")
+    assert tokenizer.encode(text, special_tokens=True) == [*a, 1, *fox, 0]
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.encode(text) == ids and not {0, 1, 2} & set(ids) and tokenizer.decode(ids) == text
+
+
 def test_training_is_deterministic_and_json_is_kept(tokenizer: Tokenizer) -> None:
     assert train_tokenizer(iter(TEXTS), 400).to_json() == tokenizer.to_json()
     again = Tokenizer.from_json(tokenizer.to_json())
@@ -67,10 +75,35 @@ def test_limits_of_training() -> None:
         train_tokenizer(TEXTS, 400, max_digits=4)
 
 
-def _sentence_piece_like(vocabulary: dict[str, int]) -> str:
+def _sentence_piece_like(vocabulary: dict[str, int], special: tuple[str, ...] = ("</s>",)) -> str:
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    inner.add_special_tokens(["</s>"])
+    inner.add_special_tokens(list(special))
     return inner.to_str()
+
+
+@pytest.mark.parametrize(
+    ("special", "eos"),
+    [
+        (("<|eot_id|>", "<|end_of_text|>"), "<|end_of_text|>"),
+        (("<|eot_id|>",), "<|eot_id|>"),
+        (("<｜end▁of▁sentence｜>",), "<｜end▁of▁sentence｜>"),
+        (("<|im_end|>", "<|endoftext|>"), "<|endoftext|>"),
+        (("<eos>", "</s>", "<|eos|>"), "<|eos|>"),
+    ],
+)
+def test_end_of_text_is_found_by_name_and_ours_comes_first(special: tuple[str, ...], eos: str) -> None:
+    assert Tokenizer.from_json(_sentence_piece_like({"a": 0}, special)).eos_id == 1 + special.index(eos)
+
+
+def test_end_of_text_may_be_given_where_its_name_says_nothing(tmp_path: Path) -> None:
+    text = _sentence_piece_like({"a": 0}, ("<stop>", "</s>"))
+    assert Tokenizer.from_json(text).eos_id == 2
+    assert Tokenizer.from_json(text, eos_id=1).eos_id == 1
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    assert Tokenizer.load(tmp_path / "tokenizer.json", eos_id=1).eos_id == 1
+    for wrong in (-1, 3):
+        with pytest.raises(InputError, match=f"end-of-text token {wrong} is outside .* vocabulary of 3"):
+            Tokenizer.from_json(text, eos_id=wrong)
 
 
 def test_bytes_of_a_vocabulary_that_is_not_byte_level() -> None:
