@@ -18,7 +18,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,6 @@ from modules.errors import InputError
 from modules.files import sync_directory, sync_file
 
 if TYPE_CHECKING:
-    from datamodules.tokenizer import Tokenizer
-    from modules.layers.transformer import Transformer
     from modules.weights import Weights
 
 FORMAT_VERSION = 2
@@ -38,15 +35,6 @@ TOKENIZER = "tokenizer.json"
 PREFIX = "network."
 """What Lightning's names of weights begin with: the network is one attribute of the LightningModule."""
 _NAME = re.compile(r"step-(\d+)(?:-stage-(\d+))?")
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A checkpoint's network (evaluation mode, float32, CPU), tokenizer and metadata."""
-
-    network: "Transformer"
-    tokenizer: "Tokenizer"
-    metadata: dict[str, Any]
 
 
 def write_checkpoint(
@@ -171,23 +159,6 @@ def require_state(path: Path) -> None:
 def read_tokenizer_json(path: Path) -> str | None:
     """The text of the checkpoint's tokenizer.json, where it has one."""
     return (path / TOKENIZER).read_text(encoding="utf-8") if (path / TOKENIZER).is_file() else None
-
-
-def load_model(path: Path) -> LoadedModel:
-    """The network and tokenizer of a checkpoint, for generation and evaluation."""
-    import torch
-
-    from datamodules.tokenizer import Tokenizer
-    from modules.config import ModelConfig
-    from modules.layers.transformer import Transformer
-
-    metadata = read_metadata(path)
-    weights = open_weights(path)
-    with torch.device("meta"):
-        network = Transformer(ModelConfig.from_dict(metadata["architecture"]))
-    network.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
-    tokenizer = Tokenizer.from_json((path / TOKENIZER).read_text(encoding="utf-8"))
-    return LoadedModel(network.eval(), tokenizer, metadata)
 
 
 def remove_checkpoint(path: Path) -> None:

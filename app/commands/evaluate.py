@@ -26,20 +26,22 @@ def evaluate(
     """Evaluate lm-eval tasks on a checkpoint's model, and print a table of the results.
 
     Args:
-        checkpoint: the directory of a checkpoint, such as RUN/checkpoints/step-00000300.
+        checkpoint: the directory of a checkpoint, such as RUN/checkpoints/step-00000300, or of a Hugging Face model.
         tasks: a suite of configs/eval, or names of lm-eval tasks with commas between them, such as arc_easy,hellaswag.
         limit: documents per task at most; below 1, a share of them.
         output: also write the results to this JSON file, which must not exist yet.
         max_batch_tokens: tokens of one forward pass, padding included; less needs less memory.
         device: where the model runs, such as cpu or cuda; auto takes a GPU if there is one.
     """
-    from app.checkpoint import load_model
+    from app.loading import load_model
     from callbacks.eval_tasks import choose_suite, load_tasks
 
     _check_output(output)
     suite = choose_suite(tasks)
     target = choose_device(device)
     model = load_model(checkpoint)
+    if model.tokenizer is None:
+        raise InputError(f"{checkpoint} has no tokenizer, and tasks are text; import it again with --tokenizer FILE")
     evaluate_tasks = _import_harness()
     with tempfile.TemporaryDirectory(prefix="growmoe-tasks-") as folder:
         include_path = _write_embedded_tasks(suite, model.metadata, Path(folder)) if suite.embedded else None
