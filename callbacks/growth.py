@@ -1,7 +1,9 @@
 """Transitions inside a run: between two optimizer steps the network is exchanged for a grown one."""
 
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +17,7 @@ from callbacks.cadence import starts_step, tokens_seen
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.losses import linear_cross_entropy
-from modules.growth.stage import GrowthStage
+from modules.growth.stage import GrowthStage, Plateau
 from modules.growth.transition import (
     Grown,
     apply_stage,
@@ -49,6 +51,7 @@ class Growth(pl.Callback):
 
     def __init__(self, stages: list[GrowthStage] | None = None) -> None:
         self.stages = list(stages or [])
+        self._progress = _Progress()
 
     def check(
         self, architecture: ModelConfig, max_steps: int, tokens_per_step: int, applied: list[str]
@@ -63,19 +66,23 @@ class Growth(pl.Callback):
         """
         architectures = [architecture]
         for number, stage in enumerate(self.stages):
-            if stage.at_step is None and stage.at_tokens is None:
-                raise InputError(f"growth stage {number + 1} does not say when it is due; give at_step or at_tokens")
+            if stage.trigger is None:
+                raise InputError(
+                    f"growth stage {number + 1} does not say when it is due; give at_step, at_tokens, at_fraction or "
+                    "at_plateau"
+                )
             try:
                 architectures.append(target_config(architectures[-1], stage))
             except InputError as error:
                 raise InputError(f"growth stage {number + 1}: {error}") from None
-        steps = [stage.due_step(tokens_per_step) for stage in self.stages]
-        for number, (stage, step) in enumerate(zip(self.stages, steps, strict=True), start=1):
-            if step >= max_steps:
+        due = [stage.due_step(tokens_per_step, max_steps) for stage in self.stages]
+        for number, (stage, step) in enumerate(zip(self.stages, due, strict=True), start=1):
+            if step is not None and step >= max_steps:
                 raise InputError(
                     f"growth stage {number}: {stage.trigger} (step {step}) is not below trainer.max_steps={max_steps}; "
                     "move the stage or train longer"
                 )
+        steps = [step for step in due if step is not None]
         if steps != sorted(set(steps)):
             raise InputError(
                 f"growth stages are due at the steps {steps}; stages must come in order, each later than the last"
@@ -103,17 +110,47 @@ class Growth(pl.Callback):
         while pl_module.stage < len(self.stages) and self._is_due(self.stages[pl_module.stage], trainer):
             self._apply(self.stages[pl_module.stage], trainer, pl_module)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """A checkpoint is saved before its step's validation: a run that waits for a plateau makes up for it."""
+        loop = trainer.fit_loop.epoch_loop
+        missed = trainer.global_step > self._progress.step and (loop.total_batch_idx + 1) % trainer.val_check_batch == 0
+        if missed and self._plateau(pl_module) is not None:
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Watch the validation loss for a stage that waits for its plateau."""
+        plateau = self._plateau(pl_module)
+        if plateau is not None and not trainer.sanity_checking:
+            loss = trainer.strategy.reduce(trainer.callback_metrics["val/loss"]).item()
+            self._progress.see(loss, plateau, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen of the validation loss since the last transition."""
+        return asdict(self._progress)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on watching where the checkpoint was."""
+        self._progress = _Progress(**state_dict)
+
+    def _plateau(self, pl_module: LanguageModel) -> Plateau | None:
+        return self.stages[pl_module.stage].at_plateau if pl_module.stage < len(self.stages) else None
+
     def _is_due(self, stage: GrowthStage, trainer: pl.Trainer) -> bool:
-        if stage.at_step is not None:
-            return trainer.global_step >= stage.at_step
-        assert stage.at_tokens is not None
-        return tokens_seen(trainer) >= stage.at_tokens
+        if stage.at_plateau is not None:
+            return self._progress.without >= stage.at_plateau.patience
+        if stage.at_tokens is not None:
+            return tokens_seen(trainer) >= stage.at_tokens
+        step = stage.due_step(1, trainer.max_steps)
+        return step is not None and trainer.global_step >= step
 
     def _apply(self, stage: GrowthStage, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         for observer in _observers(trainer, "before_transition"):
             observer.before_transition(trainer, pl_module)
         started = time.perf_counter()
         record = exchange_network(stage, trainer, pl_module)
+        self._progress = _Progress(step=trainer.global_step)
         record = {
             "step": trainer.global_step,
             "tokens": tokens_seen(trainer),
@@ -126,6 +163,22 @@ class Growth(pl.Callback):
             append_jsonl(Path(trainer.default_root_dir) / LOG_FILE, record)
         for observer in _observers(trainer, "on_transition"):
             observer.on_transition(trainer, pl_module, record)
+
+
+@dataclass
+class _Progress:
+    """The best validation loss, how many validations have passed since without progress, and the step of the last."""
+
+    best: float = math.inf
+    without: int = 0
+    step: int = 0
+
+    def see(self, loss: float, plateau: Plateau, step: int) -> None:
+        """Count one validation."""
+        self.step = step
+        progressed = loss < self.best - plateau.min_delta
+        self.without = 0 if progressed else self.without + 1
+        self.best = min(self.best, loss) if progressed else self.best
 
 
 def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, Any]:

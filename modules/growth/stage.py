@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from modules.errors import InputError, require_positive
+from modules.errors import InputError, require_not_negative, require_positive
 from modules.growth.depth import DepthMethod
 from modules.growth.upcycle import UpcycleRules, Variation
 from modules.growth.width import Noise, WidthMethod, WidthRules
 from modules.moe_config import TRAINING_SETTINGS, MoEConfig
+
+TRIGGERS = ("at_step", "at_tokens", "at_fraction", "at_plateau")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,37 @@ class GrowthTarget:
 
 
 @dataclass(frozen=True)
+class Plateau:
+    """The validation loss has stopped falling."""
+
+    patience: int = 3
+    """so many validations in a row without progress"""
+    min_delta: float = 0.01
+    """nats per token that count as progress on the best loss so far"""
+
+    def __post_init__(self) -> None:
+        require_positive(**{"at_plateau.patience": self.patience})
+        require_not_negative(**{"at_plateau.min_delta": self.min_delta})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fpi": {"width": "fpi", "depth": "stack"},  # bert2BERT, arXiv 2110.07143
+    "aki": {"width": "aki", "depth": "stack"},  # bert2BERT
+    "aki_pro": {"width": "aki", "depth": "interpolate"},  # AquilaMoE, arXiv 2408.06567
+    "g_stack": {"depth": "stack"},  # arXiv 2405.15319
+    "llama_pro": {"depth": "zero_block"},  # arXiv 2401.02415
+    "aquila_scale_out": {"upcycle": "copy", "router_std": 0.02},  # AquilaMoE: identical experts, top-2 renormalised
+    "virtual_group": {"upcycle": "copy"},  # arXiv 2410.07524: moe.expert_dim a fraction of ffn_dim
+    "split": {"upcycle": "copy"},  # LLaMA-MoE, arXiv 2406.16554: ffn_dim / expert_dim experts
+    "drop_upcycling": {"upcycle": "drop", "drop_ratio": 0.5},  # arXiv 2502.19261
+    "expert_duplication": {"upcycle": "noise", "expert_noise": 0.01},  # arXiv 2604.19835
+}
+"""What a published method sets, by the name it is known by; the target says how large the model becomes."""
+
+
+@dataclass(frozen=True)
 class GrowthStage:
-    """One transition: when it happens, what the model becomes, and how. A run needs `at_step` or `at_tokens`."""
+    """One transition: when it happens, what the model becomes, and how. A run needs exactly one trigger (`at_…`)."""
 
     target: GrowthTarget
     """the architecture on the other side"""
@@ -44,6 +75,13 @@ class GrowthStage:
     """after this many optimizer steps"""
     at_tokens: int | None = None
     """at the first step after this many training tokens"""
+    at_fraction: float | None = None
+    """after this share of trainer.max_steps"""
+    at_plateau: Plateau | None = None
+    """when the validation loss has stopped falling"""
+    preset: str | None = None
+    """a published method: fpi, aki, aki_pro, g_stack, llama_pro, aquila_scale_out, virtual_group, split,
+    drop_upcycling or expert_duplication; options that are given beside it win"""
     width: WidthMethod = "iso"
     """widening: iso (exact for any ratio), zero (new channels start unwritten; exact), lemon (iso whose split inputs
     are drawn; exact), fpi (exact for whole ratios), aki (new rows from the next layer; not exact)"""
@@ -80,12 +118,13 @@ class GrowthStage:
     def __post_init__(self) -> None:
         if self.new_layers is not None:
             object.__setattr__(self, "new_layers", tuple(self.new_layers))
-        given = {name: getattr(self, name) for name in ("at_step", "at_tokens") if getattr(self, name) is not None}
-        if len(given) == 2:
-            raise InputError(
-                f"growth stage with at_step={self.at_step} and at_tokens={self.at_tokens} has two triggers; remove one"
-            )
-        require_positive(**{f"growth stage {name}": value for name, value in given.items()})
+        self._apply_preset()
+        given = {name: getattr(self, name) for name in TRIGGERS if getattr(self, name) is not None}
+        if len(given) > 1:
+            raise InputError(f"growth stage with {' and '.join(given)} has more than one trigger; keep one")
+        require_positive(**{f"growth stage {name}": value for name, value in given.items() if name != "at_plateau"})
+        if self.at_fraction is not None and self.at_fraction >= 1:
+            raise InputError(f"growth stage at_fraction={self.at_fraction} must lie below 1; it is a share of the run")
         for name, usual in (("split_noise", 0.1), ("router_std", 0.02), ("expert_noise", 0.1)):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(
@@ -106,13 +145,26 @@ class GrowthStage:
         return UpcycleRules(self.upcycle, self.drop_ratio, self.expert_noise, self.router_std, self.seed)
 
     @property
-    def trigger(self) -> str:
-        """When it happens, in words."""
-        return f"at_step={self.at_step}" if self.at_step is not None else f"at_tokens={self.at_tokens}"
+    def trigger(self) -> str | None:
+        """When it happens, in words; None when nothing says so."""
+        given = ((name, getattr(self, name)) for name in TRIGGERS)
+        return next((f"{name}={value}" for name, value in given if value is not None), None)
 
-    def due_step(self, tokens_per_step: int) -> int:
-        """The optimizer step after which it is due, in a run that begins with steps of this size."""
-        return self.at_step if self.at_step is not None else math.ceil((self.at_tokens or 0) / tokens_per_step)
+    def due_step(self, tokens_per_step: int, max_steps: int) -> int | None:
+        """The optimizer step after which it is due, in a run that begins with steps of this size; None when only the
+        run itself can tell."""
+        if self.at_fraction is not None:
+            return math.ceil(self.at_fraction * max_steps)
+        return self.at_step if self.at_tokens is None else math.ceil(self.at_tokens / tokens_per_step)
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        if self.preset not in PRESETS:
+            raise InputError(f"growth stage preset={self.preset!r} is not known; choose one of {', '.join(PRESETS)}")
+        for field in fields(self):
+            if field.name in PRESETS[self.preset] and getattr(self, field.name) == field.default:
+                object.__setattr__(self, field.name, PRESETS[self.preset][field.name])
 
     @property
     def identity(self) -> str:

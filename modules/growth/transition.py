@@ -75,7 +75,7 @@ def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
         scale_out = Upcycle if start.moe is None else Duplicate
         grown = add("upcycle", stage.upcycle, scale_out(grown, target.moe, stage.upcycle_rules))
     if not steps:
-        raise InputError(f"growth stage {stage.trigger} changes nothing; give it a larger target or remove it")
+        raise InputError(f"growth stage {stage.trigger or ''} changes nothing; give it a larger target or remove it")
     kinds, methods, operations = zip(*steps, strict=True)
     return Transition(grown, list(kinds), list(methods), all(operation.is_exact for operation in operations))
 

@@ -106,7 +106,7 @@ def test_flags(flag: str, words: str, world: Path, tmp_path: Path, capsys: pytes
         ),
         (
             [{"at_step": 4, "target": {"moe": {"num_experts": 2, "num_shared_experts": 1}}}],
-            "a feed-forward becomes routed experts only",
+            "hidden neurons that the feed-forward's 48 leave beside shared_size=48",
         ),
     ],
 )
