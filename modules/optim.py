@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from modules.errors import InputError, require_positive
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
+from modules.grown_adamw import GrownAdamW
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,7 @@ def factor_record(factors: Mapping[str, ParameterFactors]) -> dict[str, list[flo
     return {name: [factor.lr, factor.weight_decay, factor.eps] for name, factor in factors.items()}
 
 
-def build_optimizer(
-    network: nn.Module, config: OptimizerConfig, factors: Mapping[str, ParameterFactors]
-) -> torch.optim.AdamW:
+def build_optimizer(network: nn.Module, config: OptimizerConfig, factors: Mapping[str, ParameterFactors]) -> GrownAdamW:
     """AdamW whose groups share decay and factors; matrices (two dimensions or more) decay, gains and biases do not.
 
     The order of groups and of parameters in them is a function of names and factors alone, so that a saved state fits
@@ -72,7 +71,7 @@ def build_optimizer(
         }
         for (decays, factor), named in members.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return GrownAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:

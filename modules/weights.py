@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,12 +87,18 @@ def write_safetensors(path: Path, weights: Weights, metadata: Mapping[str, str] 
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in weights.items():
-            found = Spec(tensor.dtype, tuple(tensor.shape))
-            assert found == weights.specs[name], f"{name} is {found} and was announced as {weights.specs[name]}"
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if len(flat):
-                file.write(flat.view(torch.uint8).numpy().data)
+        for name in weights.specs:
+            _append(file, weights, name)
+
+
+def _append(file: BinaryIO, weights: Weights, name: str) -> None:
+    """Write one tensor; a function of its own, so that it is gone when the next one is read."""
+    tensor = weights.read(name)
+    found = Spec(tensor.dtype, tuple(tensor.shape))
+    assert found == weights.specs[name], f"{name} is {found} and was announced as {weights.specs[name]}"
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if len(flat):
+        file.write(flat.view(torch.uint8).numpy().data)
 
 
 def open_safetensors(path: Path) -> Weights:

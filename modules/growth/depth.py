@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modules.config import ModelConfig
 from modules.errors import InputError
-from modules.growth.operation import Moments, ParameterSource
+from modules.growth.operation import Moments, ParameterSource, WarmUp
 from modules.growth.roles import Axis, role_of
 from modules.optim import ParameterFactors
 
@@ -34,6 +34,7 @@ class Deepen:
     num_layers: int
     method: DepthMethod = "zero_block"
     new_layers: tuple[int, ...] | None = None
+    asymmetric: WarmUp | None = None
 
     def __post_init__(self) -> None:
         before, new = self.source.config.num_layers, self.new_layers
@@ -86,8 +87,10 @@ class Deepen:
 
     def moments(self, name: str) -> Moments | None:
         """The original's state; a new block of `zero_block`, which gets other gradients, starts with none."""
-        fresh = self.method == "zero_block" and self._is_new(name)
-        return None if fresh else self.source.moments(self._origin(name))
+        before, is_new = self.source.moments(self._origin(name)), self._is_new(name)
+        if is_new and self.asymmetric is not None and before is not None:
+            return self.asymmetric.new(before)
+        return None if is_new and self.method == "zero_block" else before
 
     def factors(self, name: str) -> ParameterFactors:
         """The original's factors."""
@@ -103,4 +106,4 @@ class Deepen:
             return False
         if self.new_layers is not None:
             return layer in self.new_layers
-        return layer > 0 and self.origins[layer] == self.origins[layer - 1]
+        return self.origins[layer] in self.origins[:layer]

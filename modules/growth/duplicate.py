@@ -1,8 +1,9 @@
 """Scale-out of a mixture: every expert becomes m experts (expert duplication, arXiv 2604.19835).
 
 The router rows are copied, so a token's best experts are whole sets of equals. With m times as many experts per token
-it visits all of a set, the sets' shares stay what they were, and the function does not change. New experts (all but the
-first of a set) may be varied, as in upcycling.
+it visits all of a set, the sets' shares stay what they were, and the function does not change. (Nor does it where a
+token had one expert, and visits some of its copies.) New experts, which are all but the first of a set, may be varied,
+as in upcycling.
 """
 
 import math
@@ -31,7 +32,8 @@ class Duplicate:
     def __post_init__(self) -> None:
         before = self._before
         same = replace(self.moe, num_experts=before.num_experts, top_k=before.top_k).trained_like(before)
-        if same != before:
+        same = replace(same, every=before.every, layers=before.layers)  # other words for the same layers are welcome
+        if same != before or self.config.routed_layers != self.source.config.routed_layers:
             raise InputError(
                 "growth target changes more of a mixture than num_experts, top_k and its training settings; leave the "
                 "rest of moe as the source has it"
@@ -54,9 +56,15 @@ class Duplicate:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the function stays the same, up to rounding, as long as no token is dropped."""
-        whole_sets = self.moe.top_k == self.times * self._before.top_k
-        return self.rules.variation == "copy" and whole_sets and self.moe.router.kind == "top_k"
+        """Whether the function stays the same, up to rounding, as long as no token is dropped. Groups of experts are
+        judged by their two best, which were different experts, and are now copies of one."""
+        moe, top_k, router = self.moe, self._before.top_k, self.moe.router
+        if self.times == 1:
+            return moe.top_k == top_k
+        whole_sets = moe.top_k == self.times * top_k or (top_k == 1 and moe.top_k <= self.times)
+        same_groups = router.top_groups == router.expert_groups or router.expert_groups == self._before.num_experts
+        is_known = whole_sets and same_groups and router.kind == "top_k"
+        return is_known and self.rules.keeps(self.config.expert_size)
 
     def weight(self, name: str) -> Tensor:
         """The parameter; experts, router rows and the bias of selection are repeated."""
@@ -76,10 +84,9 @@ class Duplicate:
         before = self.source.moments(name)
         if before is None or not self._has_experts(name):
             return before
-        tokens = self.moe.top_k / (self.times * self._before.top_k)
-        slope = self._before.top_k / self.moe.top_k
-        first = before.first.repeat_interleave(self.times, dim=0) * (tokens * slope)
-        second = before.second.repeat_interleave(self.times, dim=0) * (tokens * slope**2)
+        scale = self._scale(name)
+        first = before.first.repeat_interleave(self.times, dim=0) / (self.times * scale)
+        second = before.second.repeat_interleave(self.times, dim=0) * (self._slope / scale) ** 2
         if role_of(name).part.startswith("feed_forward.experts."):
             for expert in (e for e in range(self.moe.num_experts) if e % self.times):
                 dropped = self.rules.dropped(name, expert, self.config.expert_size).to(first.device)
@@ -87,14 +94,23 @@ class Duplicate:
         return Moments(first, second, before.step)
 
     def factors(self, name: str) -> ParameterFactors:
-        """Those of the source."""
-        return self.source.factors(name)
+        """Those of the source, with the scale of weights and of gradients."""
+        if not self._has_experts(name):
+            return self.source.factors(name)
+        scale = self._scale(name)
+        follows = ParameterFactors(lr=scale, weight_decay=1 / scale, eps=self._slope / scale)
+        return self.source.factors(name) * follows
 
     @property
     def _before(self) -> MoEConfig:
         moe = self.source.config.moe
         assert moe is not None, "the source has experts"
         return moe
+
+    @property
+    def _slope(self) -> float:
+        """The root of what becomes of a mean squared gradient: of the tokens and of the slope, as in `moments`."""
+        return math.sqrt(self._before.top_k / (self.times * self.moe.top_k))
 
     def _has_experts(self, name: str) -> bool:
         return Axis.EXPERT in role_of(name).axes

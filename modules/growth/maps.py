@@ -48,12 +48,25 @@ class AxisMap:
     def apply(self, tensor: Tensor, axis: int, scale: Tensor) -> Tensor:
         """Copy along one axis, times a factor per index."""
         grown = tensor.index_select(axis, self.index.to(tensor.device))
-        return grown * along(scale, axis, grown)
+        return grown.mul_(along(scale, axis, grown))
 
     @property
     def num_source(self) -> int:
-        """Indices before; those from here on are new."""
+        """Indices before."""
         return int(self.index.max()) + 1
+
+    @cached_property
+    def new(self) -> Tensor:
+        """Target indices that are not the first copy of their source. Heads are new inside their groups, not behind
+        all old ones."""
+        place = torch.arange(len(self.index))
+        first = torch.full((self.num_source,), len(self.index)).scatter_reduce(0, self.index, place, "amin")
+        return place[first[self.index] < place]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all sources have equally many live copies, and nothing only fills the size up."""
+        return bool(self.live.all()) and len(torch.bincount(self.index).unique()) == 1
 
     @cached_property
     def pairs(self) -> tuple[Tensor, Tensor]:
@@ -137,15 +150,14 @@ def axis_maps(source: ModelConfig, target: ModelConfig, rules: MapRules) -> dict
 
 def widened_eps(source: ModelConfig, dim: int, rules: MapRules) -> float:
     """The norms' epsilon on the other side: where the stream's mean square falls with the width, it does too."""
-    return source.norm_eps * _stream_scale(source, dim, rules) * source.dim / dim
+    return source.norm_eps * source.dim / dim if _stream_falls(source, rules) else source.norm_eps
 
 
-def _stream_scale(source: ModelConfig, dim: int, rules: MapRules) -> float:
-    """The factor on the stream's mean square, times κ: κ keeps it as it was; 1 leaves unscaled what is not copied, and
-    needs an epsilon that other norms, whose input stays what it was, do not share."""
+def _stream_falls(source: ModelConfig, rules: MapRules) -> bool:
+    """Whether what is not copied stays unscaled: the stream's mean square falls to 1 / κ. That needs an epsilon which
+    other norms, whose input stays what it was, do not share."""
     shares_eps = source.qk_norm or source.norm_structure != "prenorm"
-    falls = rules.kind in ("powers", "zero") and rules.scaling == "iso" and not shares_eps
-    return 1.0 if falls else dim / source.dim
+    return rules.kind in ("powers", "zero") and rules.scaling == "iso" and not shares_eps
 
 
 def _in_powers(source: int, target: int, base: int) -> Copies:
@@ -167,13 +179,13 @@ def _residual_maps(source: ModelConfig, target: ModelConfig, rules: MapRules) ->
     ones = torch.ones_like(c)
     reader = AxisMap(index, 1 / c, ones, live, draws=True)
     if rules.scaling == "fpi":
-        written = AxisMap(index, ones, 1 / c, live)
+        written = AxisMap(index, live, 1 / c, live)
         tied = AxisMap(index, 1 / c, ones, live)
         gains = {Axis.NORM_GAIN: written, Axis.FINAL_GAIN: tied if target.tie_embeddings else written}
         readers = {Axis.RESIDUAL_IN: reader, Axis.HEAD_IN: reader}
         return {Axis.RESIDUAL_OUT: written, Axis.POST_GAIN: written, **readers, **gains}
     k = target.dim / source.dim
-    scale = _stream_scale(source, target.dim, rules)
+    scale = 1.0 if _stream_falls(source, rules) else k  # the factor on the stream's mean square, times k
     writer, gain = _normed_maps(copies, k, scale)
     of_the_stream = AxisMap(index, 1 / (k * c).sqrt(), (k / c).sqrt(), live, draws=True)  # no norm undoes its scale
     # A head that is the embedding has the scale of a writer instead of a reader's 1 / c.

@@ -12,16 +12,44 @@ import torch
 from torch import Tensor
 
 from modules.config import ModelConfig
+from modules.grown_adamw import Birth
 from modules.optim import ParameterFactors
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's state of one parameter: first and second moment (shaped like it) and the number of its updates."""
+    """Adam's state of one parameter: first and second moment (shaped like it), the number of its updates, and which of
+    its entries came later than the others."""
 
     first: Tensor
     second: Tensor
     step: float
+    births: tuple[Birth, ...] = ()
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Asymmetric optimizer state (SPARKLING, arXiv 2602.02472): old entries keep their moments as they are and stay on
+    the schedule; new ones start from zero, and their learning rate rises to `factor` times the schedule's within `steps`
+    and returns within as many."""
+
+    factor: float = 1.3
+    steps: int = 250
+
+    def extended(self, before: Moments, shape: tuple[int, ...]) -> Moments:
+        """The state of a parameter whose first entries along every axis are those before."""
+        if tuple(before.first.shape) == shape:
+            return before
+        old = tuple(slice(0, size) for size in before.first.shape)
+        first, second = before.first.new_zeros(shape), before.second.new_zeros(shape)
+        first[old], second[old] = before.first, before.second
+        birth = {"old": list(before.first.shape), "step": before.step, "factor": self.factor, "steps": self.steps}
+        return Moments(first, second, before.step, (*before.births, birth))
+
+    def new(self, like: Moments) -> Moments:
+        """The state of a parameter that is new altogether."""
+        birth = {"old": [0] * like.first.ndim, "step": 0.0, "factor": self.factor, "steps": self.steps}
+        return Moments(torch.zeros_like(like.first), torch.zeros_like(like.second), 0.0, (birth,))
 
 
 class ParameterSource(Protocol):

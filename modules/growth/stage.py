@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from modules.errors import InputError, require_not_negative, require_positive
 from modules.growth.depth import DepthMethod
+from modules.growth.operation import WarmUp
 from modules.growth.upcycle import UpcycleRules, Variation
 from modules.growth.width import Noise, WidthMethod, WidthRules
 from modules.moe_config import TRAINING_SETTINGS, MoEConfig
@@ -54,6 +55,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fpi": {"width": "fpi", "depth": "stack"},  # bert2BERT, arXiv 2110.07143
     "aki": {"width": "aki", "depth": "stack"},  # bert2BERT
     "aki_pro": {"width": "aki", "depth": "interpolate"},  # AquilaMoE, arXiv 2408.06567
+    "sparkling": {"width": "iso", "optimizer_state": "asymmetric"},  # arXiv 2602.02472
     "g_stack": {"depth": "stack"},  # arXiv 2405.15319
     "llama_pro": {"depth": "zero_block"},  # arXiv 2401.02415
     "aquila_scale_out": {"upcycle": "copy", "router_std": 0.02},  # AquilaMoE: identical experts, top-2 renormalised
@@ -80,7 +82,7 @@ class GrowthStage:
     at_plateau: Plateau | None = None
     """when the validation loss has stopped falling"""
     preset: str | None = None
-    """a published method: fpi, aki, aki_pro, g_stack, llama_pro, aquila_scale_out, virtual_group, split,
+    """a published method: fpi, aki, aki_pro, sparkling, g_stack, llama_pro, aquila_scale_out, virtual_group, split,
     drop_upcycling or expert_duplication; options that are given beside it win"""
     width: WidthMethod = "iso"
     """widening: iso (exact for any ratio), zero (new channels start unwritten; exact), lemon (iso whose split inputs
@@ -110,8 +112,13 @@ class GrowthStage:
     """noise: its standard deviation, relative to the weights'"""
     router_std: float = 0.02
     """standard deviation of the new router's weights"""
-    optimizer_state: Literal["mapped", "reset"] = "mapped"
-    """carry Adam's moments over, scaled as the growth demands, or start them afresh"""
+    optimizer_state: Literal["mapped", "asymmetric", "reset"] = "mapped"
+    """Adam's moments are carried over, scaled as the growth demands; or kept for old entries, while new ones start
+    from zero with a warm-up of their own; or all start afresh"""
+    warm_up_factor: float = 1.3
+    """asymmetric: the learning rate of new entries rises to so many times the schedule's, and returns"""
+    warm_up_steps: int = 250
+    """asymmetric: steps of the rise, and of the return"""
     seed: int = 0
     """seed of everything that is drawn in this transition"""
 
@@ -130,6 +137,8 @@ class GrowthStage:
                 raise InputError(
                     f"{name}={getattr(self, name)} must be a finite number of at least 0; {usual} is usual"
                 )
+        require_positive(warm_up_factor=float(self.warm_up_factor))
+        require_not_negative(warm_up_steps=self.warm_up_steps)
         if not 0 < self.drop_ratio <= 1:
             raise InputError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; 0.5 is usual")
 
@@ -138,6 +147,12 @@ class GrowthStage:
         """How it widens."""
         kind = self.copies or "even"
         return WidthRules(self.width, kind, self.split_noise, self.noise, self.aki_scope, self.aki_consumers, self.seed)
+
+    @property
+    def warm_up(self) -> WarmUp | None:
+        """Of new entries, where the optimizer's state is asymmetric."""
+        is_asymmetric = self.optimizer_state == "asymmetric"
+        return WarmUp(self.warm_up_factor, self.warm_up_steps) if is_asymmetric else None
 
     @property
     def upcycle_rules(self) -> UpcycleRules:

@@ -20,6 +20,7 @@ from modules.growth.operation import Moments, Operation, ParameterSource, Tensor
 from modules.growth.stage import GrowthStage, GrowthTarget
 from modules.growth.upcycle import Upcycle
 from modules.growth.width import Widen
+from modules.grown_adamw import BIRTHS
 from modules.layers.transformer import Transformer
 from modules.optim import ParameterFactors
 
@@ -68,9 +69,10 @@ def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
     if wider != start:
         rules = stage.width_rules
         wider = replace(wider, norm_eps=widened_eps(start, wider.dim, rules.maps))
-        grown = add("widen", stage.width, Widen(grown, wider, rules))
+        grown = add("widen", stage.width, Widen(grown, wider, rules, stage.warm_up))
     if target.num_layers is not None and target.num_layers != start.num_layers:
-        grown = add("deepen", stage.depth, Deepen(grown, target.num_layers, stage.depth, stage.new_layers))
+        deeper = Deepen(grown, target.num_layers, stage.depth, stage.new_layers, stage.warm_up)
+        grown = add("deepen", stage.depth, deeper)
     if target.moe is not None and target.moe != start.moe:
         scale_out = Upcycle if start.moe is None else Duplicate
         grown = add("upcycle", stage.upcycle, scale_out(grown, target.moe, stage.upcycle_rules))
@@ -93,7 +95,7 @@ class Grown:
     transition: Transition
     network: Transformer
     factors: dict[str, ParameterFactors]
-    state: dict[str, dict[str, Tensor]]
+    state: dict[str, dict[str, Any]]
 
 
 def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.device | str) -> Grown:
@@ -105,7 +107,7 @@ def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.devic
 
 def optimizer_parts(
     transition: Transition, stage: GrowthStage, network: nn.Module
-) -> tuple[dict[str, ParameterFactors], dict[str, dict[str, Tensor]]]:
+) -> tuple[dict[str, ParameterFactors], dict[str, dict[str, Any]]]:
     """Factors and Adam state of the grown network's parameters; none when the stage resets them.
 
     Args:
@@ -153,7 +155,7 @@ def check_drift(transition: Transition, drift: float, largest: float, dtype: tor
 
 
 def network_source(
-    network: Transformer, state: Mapping[str, Mapping[str, Tensor]], factors: Mapping[str, ParameterFactors]
+    network: Transformer, state: Mapping[str, Mapping[str, Any]], factors: Mapping[str, ParameterFactors]
 ) -> TensorSource:
     """A network and its Adam state (by parameter name) as the start of a chain."""
     weights = network.state_dict()  # parameters, and the buffers that checkpoints hold
@@ -163,7 +165,7 @@ def network_source(
 def tensor_source(
     config: ModelConfig,
     read_weight: Callable[[str], Tensor],
-    state: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Mapping[str, Any]],
     factors: Mapping[str, ParameterFactors],
 ) -> TensorSource:
     """Weights that are read by name, and Adam state by parameter name, as the start of a chain."""
@@ -172,7 +174,7 @@ def tensor_source(
         if not state.get(name):
             return None
         first, second = (state[name][key] for key in OPTIMIZER_KEYS)
-        return Moments(first, second, float(state[name]["step"]))
+        return Moments(first, second, float(state[name]["step"]), tuple(state[name].get(BIRTHS, ())))
 
     return TensorSource(
         config,
@@ -200,15 +202,17 @@ def grown_factors(grown: ParameterSource, network: nn.Module) -> dict[str, Param
 
 
 @torch.no_grad()
-def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[str, Tensor]]:
+def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[str, Any]]:
     """Adam's state of the grown network, by parameter name; parameters that start afresh are left out."""
-    state: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         moments = grown.moments(name)
         if moments is not None:
             tensors = (moments.first, moments.second)
             state[name] = {key: _like(t, parameter) for key, t in zip(OPTIMIZER_KEYS, tensors, strict=True)}
             state[name]["step"] = _like(torch.tensor(moments.step, dtype=torch.float32), parameter)
+            if moments.births:
+                state[name][BIRTHS] = [dict(birth) for birth in moments.births]
     return state
 
 

@@ -61,7 +61,7 @@ class UpcycleRules:
 
     def varied(self, name: str, expert: int, matrix: Tensor) -> Tensor:
         """One expert's matrix [D, F] or [F, D], made different from its equals."""
-        if self.variation == "copy":
+        if self.keeps(matrix.shape[hidden_axis(name)]):
             return matrix
         generator = seeded_generator(self.seed, "redrawn", name, str(expert))
         if self.variation == "noise":
@@ -73,12 +73,19 @@ class UpcycleRules:
         drawn = torch.randn(old.shape, generator=generator).to(matrix) * old.std() + old.mean()
         return matrix.index_copy(axis, dropped, drawn)
 
+    def keeps(self, hidden: int) -> bool:
+        """Whether experts of so many neurons stay what they are."""
+        if self.variation == "noise":
+            return self.noise == 0
+        return self.variation == "copy" or not self._num_dropped(hidden)
+
     def dropped(self, name: str, expert: int, hidden: int) -> Tensor:
         """Hidden neurons that this expert draws anew, like what they replace: one set for gate, up and down."""
-        if self.variation != "drop":
-            return torch.zeros(0, dtype=torch.long)
         generator = seeded_generator(self.seed, "dropped", str(role_of(name).layer), str(expert))
-        return torch.randperm(hidden, generator=generator)[: round(self.drop_ratio * hidden)].sort().values
+        return torch.randperm(hidden, generator=generator)[: self._num_dropped(hidden)].sort().values
+
+    def _num_dropped(self, hidden: int) -> int:
+        return round(self.drop_ratio * hidden) if self.variation == "drop" else 0
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,21 @@ class Upcycle:
     @property
     def is_exact(self) -> bool:
         """Whether the routed model computes the same function, up to rounding, as long as no token is dropped."""
-        moe, rules = self.moe, self.rules
-        whole_copies = moe.top_k % self.num_shards == 0
-        gates_known = moe.router.kind == "top_k" and (moe.renormalize or rules.router_std == 0)
-        return rules.variation == "copy" and whole_copies and gates_known
+        moe = self.moe
+        takes_all = moe.top_k == moe.num_experts
+        adds_up = moe.renormalize or (takes_all and moe.router.score == "softmax")
+        gates_known = moe.router.kind == "top_k" and (adds_up or self.rules.router_std == 0)
+        return gates_known and self._takes_whole_copies and self.rules.keeps(self.config.expert_size)
+
+    @property
+    def _takes_whole_copies(self) -> bool:
+        """Whether the shards that a token takes are copies of the whole feed-forward. Of equal scores any may win, so
+        that a router of zeros parts shards; and so do groups of experts that do not hold whole copies."""
+        moe, router, shards = self.moe, self.moe.router, self.num_shards
+        if shards == 1 or moe.top_k == moe.num_experts:
+            return True
+        parts = router.top_groups < router.expert_groups and (moe.num_experts // router.expert_groups) % shards
+        return moe.top_k % shards == 0 and self.rules.router_std > 0 and not parts
 
     def weight(self, name: str) -> Tensor:
         """The parameter; experts come from the dense feed-forward of their layer, the router is drawn."""
@@ -160,9 +178,8 @@ class Upcycle:
         return torch.stack(experts) * self._scale(name)
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state. A shard's gradient is shared out among its E / G experts (first moment); each of them sees K/E
-        of the tokens, with G / K of the dense slope (second moment, where the noise outweighs the mean). A redrawn
-        neuron forgets its first moment."""
+        """Adam's state. A shard's gradient is shared out among its E / G experts (first moment); the second moment is
+        that of `_slope`. A redrawn neuron forgets its first moment."""
         role = role_of(name)
         if role.part in (_ROUTER, _SHARED_GATE):
             return None
@@ -175,24 +192,31 @@ class Upcycle:
         if role.part in _SHARED_PARTS:
             first, second = (self._shared(name, moment) for moment in (before.first, before.second))
             return Moments(first / scale, second / scale**2, before.step)
-        num_experts, top_k, shards = self.moe.num_experts, self.moe.top_k, self.num_shards
-        parts = shards / num_experts / scale, shards**2 / (num_experts * top_k) / scale**2
+        parts = self.num_shards / self.moe.num_experts / scale, (self._slope / scale) ** 2
         moments = zip((before.first, before.second), parts, strict=True)
         first, second = (torch.stack(self._dealt(self._shards(name, moment * part))) for moment, part in moments)
-        for expert in range(num_experts):
+        for expert in range(self.moe.num_experts):
             dropped = self.rules.dropped(name, expert, self.config.expert_size).to(first.device)
             first[expert].index_fill_(hidden_axis(name), dropped, 0.0)
         return Moments(first, second, before.step)
 
     def factors(self, name: str) -> ParameterFactors:
-        """Experts keep their feed-forward's factors, with the scale of their weights; the router has none."""
+        """Experts keep their feed-forward's factors, with the scale of their weights and of their gradients; the router
+        has none."""
         role = role_of(name)
         if role.part in (_ROUTER, _SHARED_GATE):
             return ParameterFactors()
         if role.part not in _EXPERT_PARTS | _SHARED_PARTS:
             return self.source.factors(name)
-        scale = self._scale(name)
-        return self.source.factors(self._dense_name(name)) * ParameterFactors(lr=scale, weight_decay=1 / scale)
+        scale, slope = self._scale(name), 1.0 if role.part in _SHARED_PARTS else self._slope
+        follows = ParameterFactors(lr=scale, weight_decay=1 / scale, eps=slope / scale)
+        return self.source.factors(self._dense_name(name)) * follows
+
+    @property
+    def _slope(self) -> float:
+        """The root of what becomes of a mean squared gradient where the noise outweighs the mean: K/E of the tokens,
+        each with G / K of the dense slope."""
+        return self.num_shards / math.sqrt(self.moe.num_experts * self.moe.top_k)
 
     @property
     def _pool(self) -> int:

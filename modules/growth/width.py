@@ -14,7 +14,7 @@ from torch import Tensor
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.growth.maps import AxisMap, Map, MapRules, Scaling, along, axis_maps
-from modules.growth.operation import Moments, ParameterSource, seeded_generator
+from modules.growth.operation import Moments, ParameterSource, WarmUp, seeded_generator
 from modules.growth.roles import IN_AXES, Axis, role_of
 from modules.optim import ParameterFactors
 
@@ -69,6 +69,7 @@ class Widen:
     source: ParameterSource
     config: ModelConfig
     rules: WidthRules = WidthRules()
+    asymmetric: WarmUp | None = None
 
     def __post_init__(self) -> None:
         _check_widths(self.source.config, self.config)
@@ -82,16 +83,14 @@ class Widen:
     @property
     def is_exact(self) -> bool:
         """Whether the wider model computes the same function, up to rounding."""
-        before, after = self.source.config, self.config
-        if self.rules.method == "aki":
-            return False
-        if self.rules.method != "fpi":
+        if self.rules.maps.scaling == "iso":
             return True
-        sizes = [(before.dim, after.dim)]
-        if before.qk_norm and before.qk_norm_scope == "projection":
-            sizes += [(before.num_heads, after.num_heads), (before.kv_heads, after.kv_heads)]
-        whole = all(large % small == 0 for small, large in sizes)
-        return whole and (self.rules.copies == "even" or all(large == small for small, large in sizes))
+        config, seen_by_norms = self.config, {Axis.RESIDUAL_OUT}
+        if config.qk_norm and config.qk_norm_scope == "projection":
+            seen_by_norms |= {Axis.HEADS_OUT, Axis.KEY_HEADS_OUT}
+        keeps_norms = all(self.maps[role].is_uniform for role in seen_by_norms if role in self.maps)
+        mixes_layers = any(self._takes_next(role) and _num_layers_with(role, config) > 1 for role in self.maps)
+        return keeps_norms and not mixes_layers
 
     def weight(self, name: str) -> Tensor:
         """The grown parameter."""
@@ -106,10 +105,15 @@ class Widen:
         return grown
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state, mapped so that the grown model takes the source's steps (exactly for whole ratios)."""
+        """Adam's state, mapped so that the grown model takes the source's steps: exactly, where all sources have equally
+        many copies, and copies serve the same readers, unlike key-value heads of which each has other query heads."""
         before = self.source.moments(name)
         if before is None:
             return None
+        if self.asymmetric is not None:
+            sizes = zip(role_of(name).axes, before.first.shape, strict=True)
+            shape = tuple(len(self.maps[role].index) if role in self.maps else size for role, size in sizes)
+            return self.asymmetric.extended(before, shape)
 
         def read(part: str) -> Callable[[str], Tensor]:
             return lambda other: getattr(self.source.moments(other) or before, part)
@@ -120,6 +124,8 @@ class Widen:
 
     def factors(self, name: str) -> ParameterFactors:
         """Learning rate follows the weight's scale, eps the gradient's, weight decay undoes the learning rate's."""
+        if self.asymmetric is not None:
+            return self.source.factors(name)
         scale, slope = 1.0, 1.0
         for role in role_of(name).axes:
             if role in self.maps:
@@ -136,8 +142,8 @@ class Widen:
             return grown
         other = self._expanded(following, read(following), factor)
         for axis, axis_map in axes:
-            new = torch.arange(axis_map.num_source, grown.shape[axis], device=grown.device)
-            grown = grown.index_copy(axis, new, other.index_select(axis, new))
+            new = axis_map.new.to(grown.device)
+            grown.index_copy_(axis, new, other.index_select(axis, new))
         return grown
 
     def _following(self, name: str) -> str | None:
@@ -152,7 +158,7 @@ class Widen:
         return None
 
     def _takes_next(self, role: Axis) -> bool:
-        if self.rules.method != "aki" or role not in self.maps:
+        if self.rules.method != "aki" or role not in self.maps or not len(self.maps[role].new):
             return False
         scope = _AKI_ALL if self.rules.aki_scope == "all" else _AKI_HIDDEN
         return role in scope or (self.rules.aki_consumers == "next" and _CONSUMERS.get(role) in scope)
@@ -187,6 +193,14 @@ class Widen:
             counts = torch.bincount(axis_map.index, weights=axis_map.live)[axis_map.index]
             centred = (noise - sums.index_select(axis, index) / along(counts, axis, grown)) * live
         return centred * (self.rules.relative_noise * grown.std())
+
+
+def _num_layers_with(role: Axis, config: ModelConfig) -> int:
+    """Layers among which a next one is looked for: dense and routed feed-forwards follow their own kind."""
+    if role in (Axis.HIDDEN_OUT, Axis.HIDDEN_IN):
+        return config.num_layers - len(config.routed_layers)
+    of_experts = {Axis.EXPERT_HIDDEN_OUT, Axis.EXPERT_HIDDEN_IN, Axis.SHARED_HIDDEN_OUT, Axis.SHARED_HIDDEN_IN}
+    return len(config.routed_layers) if role in of_experts else config.num_layers
 
 
 def _check_widths(source: ModelConfig, target: ModelConfig) -> None:

@@ -6,7 +6,7 @@ Read in this order: `families` (for each family what its config.json, tensors an
 """
 
 from modules.hugging_face.families import FAMILIES
-from modules.hugging_face.reading import HuggingFaceModel, first_ids, open_directory
+from modules.hugging_face.reading import HuggingFaceModel, open_directory
 from modules.hugging_face.writing import write_directory
 
-__all__ = ["FAMILIES", "HuggingFaceModel", "first_ids", "open_directory", "write_directory"]
+__all__ = ["FAMILIES", "HuggingFaceModel", "open_directory", "write_directory"]

@@ -80,10 +80,15 @@ def choose_family(config: ModelConfig, origin: str | None, wanted: str | None) -
         if not failing(config, family):
             return family
     alike = [family for family in open_families if family.routed == (config.moe is not None)]
-    nearest = min(alike, key=lambda family: len(failing(config, family)))
+    fewest = min(len(failing(config, family)) for family in alike)
+    nearest: dict[str, str] = {}  # of families that differ in the same things, the first
+    for family in alike:
+        if len(failing(config, family)) == fewest:
+            nearest.setdefault(_differences(config, family), family.name)
+    shown = ", or ".join(f"{name}: {differences}" for differences, name in nearest.items())
     raise InputError(
-        f"no family of Hugging Face models expresses this one; the nearest is {nearest.name}: "
-        f"{_differences(config, nearest)}; only a model trained so can be exported"
+        f"no family of Hugging Face models expresses this one; the nearest is {shown}; only a model trained so can be "
+        "exported"
     )
 
 

@@ -44,10 +44,11 @@ _COMMON: tuple[Entry, ...] = (
     Key("hidden_size", "dim", int, lambda c: c.dim),
     Key("num_hidden_layers", "num_layers", int, lambda c: c.num_layers),
     Key("num_attention_heads", "num_heads", int, lambda c: c.num_heads),
-    Key("rms_norm_eps", "norm_eps", float, lambda c: float(c.norm_eps)),
     Key("tie_word_embeddings", "tie_embeddings", bool, lambda c: c.tie_embeddings, False),
     Key("initializer_range", "init_std", float, lambda c: float(c.init_std), 0.02),
 )
+_NORM_EPS = Key("rms_norm_eps", "norm_eps", float, lambda c: float(c.norm_eps), 1e-6)
+_NORM_EPS_5 = replace(_NORM_EPS, default=1e-5)
 _KV_HEADS = Key("num_key_value_heads", "num_kv_heads", int, lambda c: c.kv_heads)
 _KV_HEADS_OR_ALL = replace(_KV_HEADS, default=None)
 _FFN = Key("intermediate_size", "ffn_dim", int, lambda c: c.ffn_size)
@@ -61,8 +62,19 @@ _TOP_K = Key("num_experts_per_tok", "moe.top_k", int, lambda c: moe_of(c).top_k)
 _LOCAL_EXPERTS = Key("num_local_experts", "moe.num_experts", int, lambda c: moe_of(c).num_experts, alias="num_experts")
 _EXPERTS = Key("num_experts", "moe.num_experts", int, lambda c: moe_of(c).num_experts, alias="num_local_experts")
 _NORMALISED = Key("norm_topk_prob", "moe.renormalize", bool, lambda c: moe_of(c).renormalize, False)
-_QWEN_MOE = (_EXPERTS, _TOP_K, _EXPERT, _FFN, _NORMALISED, keys.routed_layers(), _SWITCHED_WINDOW, keys.rope())
+_QWEN_MOE = (
+    _NORM_EPS,
+    _EXPERTS,
+    _TOP_K,
+    _EXPERT,
+    _FFN,
+    _NORMALISED,
+    keys.routed_layers(),
+    _SWITCHED_WINDOW,
+    keys.rope(),
+)
 _MIXTRAL = (
+    _NORM_EPS_5,
     _KV_HEADS,
     _EXPERT_AS_FFN,
     _LOCAL_EXPERTS,
@@ -94,6 +106,7 @@ FAMILIES = {
             "LlamaForCausalLM",
             (
                 *_COMMON,
+                _NORM_EPS,
                 _KV_HEADS_OR_ALL,
                 _FFN,
                 _NO_QK_NORM,
@@ -111,7 +124,16 @@ FAMILIES = {
         Family(
             "mistral",
             "MistralForCausalLM",
-            (*_COMMON, _KV_HEADS, _FFN, _NO_QK_NORM, keys.head_dim(), keys.context(window_default=4096), keys.rope()),
+            (
+                *_COMMON,
+                _NORM_EPS,
+                _KV_HEADS,
+                _FFN,
+                _NO_QK_NORM,
+                keys.head_dim(),
+                keys.context(window_default=4096),
+                keys.rope(),
+            ),
             _PLAIN_LAYER,
             (need.PRENORM, need.NO_NORM, need.NO_QKV_BIAS, need.NO_O_BIAS),
         ),
@@ -120,6 +142,7 @@ FAMILIES = {
             "Qwen2ForCausalLM",
             (
                 *_COMMON,
+                _NORM_EPS,
                 _KV_HEADS,
                 _FFN,
                 _NO_QK_NORM,
@@ -136,6 +159,7 @@ FAMILIES = {
             "Qwen3ForCausalLM",
             (
                 *_COMMON,
+                _NORM_EPS,
                 _KV_HEADS,
                 _FFN,
                 _HEAD_NORM,
@@ -152,6 +176,7 @@ FAMILIES = {
             "Olmo2ForCausalLM",
             (
                 *_COMMON,
+                _NORM_EPS_5,
                 _KV_HEADS_OR_ALL,
                 _FFN,
                 _PROJECTION_NORM,
@@ -195,6 +220,7 @@ FAMILIES = {
             "OlmoeForCausalLM",
             (
                 *_COMMON,
+                _NORM_EPS_5,
                 keys.refused("clip_qkv", "clipping of queries, keys and values", writes={"clip_qkv": None}),
                 _KV_HEADS_OR_ALL,
                 _EXPERT_AS_FFN,

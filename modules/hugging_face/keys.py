@@ -149,7 +149,9 @@ def context(*, window_default: int | None = None, switch: str = "", windowed: bo
     def read(record: Record) -> Fields:
         length = lookup(record, "max_position_embeddings", int)
         window = lookup(record, "sliding_window", int, window_default) if windowed else None
-        if (switch and not lookup(record, switch, bool, False)) or not window:
+        switched_off = switch and not lookup(record, switch, bool, False)
+        kinds = lookup(record, "layer_types", list, [])
+        if not window or switched_off or (kinds and "sliding_attention" not in kinds):
             return {"max_seq_len": length}
         return {"max_seq_len": min(length, window)}
 
@@ -239,7 +241,7 @@ def rope(default_theta: float = 10000.0) -> Rule:
 
 
 def _read_scaling(record: Record, found: Record) -> RopeScaling | None:
-    kind = found.get("rope_type", found.get("type")) or "default"
+    kind = found.get("rope_type") or found.get("type") or "default"
     if kind == "default":
         return None
     if kind == "linear":
@@ -250,7 +252,8 @@ def _read_scaling(record: Record, found: Record) -> RopeScaling | None:
             "these, or remove the scaling and stay inside the context that the model was trained on"
         )
     original = "original_max_position_embeddings"
-    before = lookup(record, original, int, lookup(found, original, int, record["max_position_embeddings"]))
+    before = lookup(found, original, int, lookup(record, "max_position_embeddings", int))
+    before = lookup(record, original, int, before)
     factors = {name: lookup(found, name, float) for name in ("factor", "low_freq_factor", "high_freq_factor")}
     return RopeScaling("llama3", original_max_seq_len=before, **factors)
 

@@ -63,8 +63,7 @@ def pieces(family: Family, config: ModelConfig) -> Iterator[Piece]:
 def _present(rows: tuple[Row, ...], config: ModelConfig, features: set[str], sizes: dict[str, int]) -> Iterator[Piece]:
     for row in rows:
         has = not row.needs or row.needs in features
-        routed_only = row.ours.startswith("feed_forward.") and row.needs != "dense"
-        if not has and (row.zeros is None or not row.zeros(config) or (routed_only and "routed" not in features)):
+        if (row.where and row.where not in features) or not (has or (row.zeros is not None and row.zeros(config))):
             continue
         shape = tuple(sizes[letter] for letter in row.shape)
         yield Piece(row.ours if has else None, row.theirs, shape, row.part, row.idle)

@@ -59,11 +59,14 @@ def open_directory(path: Path, family: str | None = None) -> HuggingFaceModel:
     weights = to_ours(_open_weights(path), found, config, str(path))
     tokenizer_json = _read_text(path / TOKENIZER) if (path / TOKENIZER).is_file() else None
     files = {name: _read_text(path / name) for name in SIDE_FILES if (path / name).is_file()}
+    for name in files:
+        if name.endswith(".json"):
+            read_json(path / name)
     origin = {
         "family": found.name,
         "files": files,
-        "begin_ids": first_ids(tokenizer_json, files, str(path / TOKENIZER)),
-        "end_ids": end_ids(_settings(files, "generation_config.json", path), record),
+        "begin_ids": [] if tokenizer_json is None else begin_ids(tokenizer_json, str(path / TOKENIZER)),
+        "end_ids": end_ids(json.loads(files.get("generation_config.json", "{}")), record),
         "token_ids": {name: record.get(name) for name in TOKEN_IDS},
     }
     return HuggingFaceModel(found.name, config, weights, tokenizer_json, origin, tuple(_notes(config, record)))
@@ -77,25 +80,6 @@ def _notes(config: ModelConfig, record: Mapping[str, Any]) -> list[str]:
         f"attention slides over a window of {config.max_seq_len} tokens, inside which growmoe is exact: max_seq_len is "
         f"{config.max_seq_len} instead of {longest}"
     ]
-
-
-def first_ids(tokenizer_json: str | None, files: Mapping[str, str], source: str) -> list[int]:
-    """The ids in front of every text, by tokenizer.json and the tokenizer_config.json among `files`."""
-    if tokenizer_json is None:
-        return []
-    return begin_ids(tokenizer_json, _settings(files, "tokenizer_config.json", Path(source).parent), source)
-
-
-def _settings(files: Mapping[str, str], name: str, path: Path) -> dict[str, Any]:
-    if name not in files:
-        return {}
-    try:
-        content = json.loads(files[name])
-    except ValueError as error:
-        raise InputError(f"{path / name} is not JSON ({error}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path / name} is not a JSON object; copy or download it again")
-    return content
 
 
 def _read_text(path: Path) -> str:

@@ -56,6 +56,7 @@ PLAIN_HEADS = Requirement(
 
 
 def normed(scope: str) -> Requirement:
+    """Queries and keys are normalised, in this scope."""
     return Requirement(
         f"qk_norm=true with qk_norm_scope={scope}",
         lambda config: config.qk_norm and config.qk_norm_scope == scope,

@@ -26,6 +26,7 @@ class Row:
         zeros: when theirs is there although ours is not: it is zero then.
         part: for the matrices of experts, which one it is.
         idle: where ours is not there, what theirs holds has no effect.
+        where: the feature that a layer must have for either to be there; empty: any.
     """
 
     ours: str
@@ -35,6 +36,7 @@ class Row:
     zeros: Zeros | None = None
     part: Part | None = None
     idle: bool = False
+    where: str = ""
 
 
 FIRST_ROWS = (Row("embedding.weight", "model.embed_tokens.weight", "VD"),)
@@ -45,6 +47,13 @@ LAST_ROWS = (
 
 
 def attention(zero_qkv: Zeros | None = None, zero_o: Zeros | None = None, norm_shapes: str = "") -> tuple[Row, ...]:
+    """Attention's tensors.
+
+    Args:
+        zero_qkv: when a family has biases on q, k and v that ours lacks.
+        zero_o: when it has one on o that ours lacks.
+        norm_shapes: letters of the norms on q and k, for families that have some.
+    """
     rows = [
         row
         for part, channels in (("q_proj", "Q"), ("k_proj", "G"), ("v_proj", "G"))
@@ -69,7 +78,8 @@ DENSE = (
 )
 
 
-def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """A router and its experts, with the family's names of the three matrices."""
     inside = f"{block}.experts.{{expert}}"
     return (
         Row("feed_forward.router.weight", f"{block}.gate.weight", "ED", "routed"),
@@ -79,8 +89,8 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     )
 
 
-QWEN_EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
-MIXTRAL_EXPERTS = _experts("block_sparse_moe", "w1", "w3", "w2")
+QWEN_EXPERTS = experts("mlp", "gate_proj", "up_proj", "down_proj")
+MIXTRAL_EXPERTS = experts("block_sparse_moe", "w1", "w3", "w2")
 SHARED = (
     Row("feed_forward.shared.gate.weight", "mlp.shared_expert.gate_proj.weight", "SD", "shared"),
     Row("feed_forward.shared.up.weight", "mlp.shared_expert.up_proj.weight", "SD", "shared"),
@@ -92,11 +102,13 @@ SHARED = (
         "shared",
         zeros=lambda config: not config.shared_size,  # vLLM reads a gate also where there is no shared expert
         idle=True,
+        where="routed",
     ),
 )
 
 
 def prenorm(attention: tuple[Row, ...], feed_forward: tuple[Row, ...]) -> tuple[Row, ...]:
+    """A layer that normalises what its branches read."""
     return (
         Row("attention_norm.weight", "input_layernorm.weight", "D"),
         *attention,
@@ -106,6 +118,7 @@ def prenorm(attention: tuple[Row, ...], feed_forward: tuple[Row, ...]) -> tuple[
 
 
 def postnorm(attention: tuple[Row, ...], feed_forward: tuple[Row, ...]) -> tuple[Row, ...]:
+    """A layer that normalises what its branches write."""
     return (
         *attention,
         Row("attention_post_norm.weight", "post_attention_layernorm.weight", "D"),

@@ -33,27 +33,25 @@ def load_tokenizer(text: str, source: str) -> tokenizers.Tokenizer:
         ) from None
 
 
-def begin_ids(tokenizer_json: str, settings: Mapping[str, Any], source: str) -> list[int]:
+def begin_ids(tokenizer_json: str, source: str) -> list[int]:
     """The ids that a tokenizer puts in front of every text.
 
+    The post-processor of tokenizer.json says so; `add_bos_token` of tokenizer_config.json counts only where there is no
+    tokenizer.json, as in transformers 5.
+
     Args:
-        tokenizer_json: text of the tokenizer.json, whose post-processor says what it adds.
-        settings: of tokenizer_config.json; `add_bos_token`, where it is given, has the last word on the begin token.
+        tokenizer_json: its text.
         source: for messages.
     """
     tokenizer = load_tokenizer(tokenizer_json, source)
+    tokenizer.no_padding()
     encoding = tokenizer.encode("a", add_special_tokens=True)
     begin: list[int] = []
     for index, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
         if not added:
             break
         begin.append(index)
-    adds_bos, bos = settings.get("add_bos_token"), _token_text(settings.get("bos_token"))
-    bos_id = None if bos is None else tokenizer.token_to_id(bos)
-    if adds_bos is None or bos_id is None:
-        return begin
-    rest = [index for index in begin if index != bos_id]
-    return [bos_id, *rest] if adds_bos else rest
+    return begin
 
 
 def end_ids(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
@@ -117,9 +115,3 @@ def own_files(tokenizer_json: str | None, ids: Mapping[str, Any], max_seq_len: i
 def dump(content: Any) -> str:
     """JSON text that is the same for the same content."""
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _token_text(token: Any) -> str | None:
-    """A special token in a configuration: its text, or a map with its text."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None

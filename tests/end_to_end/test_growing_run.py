@@ -93,6 +93,38 @@ def test_grow_outside_the_run_is_the_transition_inside_it(grown_run: Path, tmp_p
         )
 
 
+def test_asymmetric_state_resumes_and_grows_outside_as_inside(world: Path, tmp_path: Path) -> None:
+    """Entries of three ages in one parameter: resumed from between, and grown outside, bit for bit."""
+    config = runs.settings(tmp_path / "run", world)
+    stage = {"optimizer_state": "asymmetric", "warm_up_steps": 3, "split_noise": 0.1}
+    stages = [
+        {"at_step": 4, "target": {"dim": 24, "num_heads": 3, "num_layers": 3}, **stage},
+        {"at_step": 8, "target": {"dim": 32, "num_heads": 4, "num_layers": 4}, **stage},
+    ]
+    config["growth"]["stages"] = stages
+    config["checkpoint"] = {"every_n_steps": 2, "keep_last": 99}
+    run_dir = runs.fit(config)
+    want, folder = runs.losses(run_dir), run_dir / "checkpoints"
+    births = [
+        state["births"] for state in load_state(folder / "step-00000010")["optimizer_states"][0]["state"].values()
+    ]
+    assert max(len(ages) for ages in births) == 2
+    for step in (6, 10):
+        config["trainer"]["default_root_dir"] = str(tmp_path / f"again-{step}")
+        again = runs.fit(config, "--ckpt_path", str(folder / f"step-{step:08d}"))
+        assert runs.losses(again) == {number: loss for number, loss in want.items() if number > step}
+    recipe = runs.write({"growth": {"stages": stages}}, tmp_path / "recipe.yaml")
+    output = tmp_path / "grown"
+    main(["grow", str(folder / "step-00000008-stage-1"), "--config", str(recipe), "--output", str(output)])
+    outside, inside = load_state(output), load_state(folder / "step-00000008-stage-2")
+    (left,), (right,) = outside["optimizer_states"], inside["optimizer_states"]
+    assert left["param_groups"] == right["param_groups"]
+    for number, state in right["state"].items():
+        other = left["state"][number]
+        assert state["births"] == other["births"] if "births" in state else "births" not in other
+        assert all(torch.equal(state[key], other[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+
+
 def test_accumulation_and_reset_state_and_tokens_as_trigger(world: Path, tmp_path: Path) -> None:
     config = runs.settings(tmp_path / "run", world, accumulate_grad_batches=2, max_steps=8)
     config["growth"]["stages"] = [

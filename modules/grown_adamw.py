@@ -1,0 +1,87 @@
+"""AdamW for parameters that have grown: new entries have an age and a learning rate of their own.
+
+A new entry whose moments start from zero in an old parameter would take steps far too large: AdamW's bias correction
+goes by the parameter's step count, and so its second moment counts as complete (3 times the learning rate at once, with
+betas of 0.9 and 0.999). Here each new entry is corrected by its own age (the asymmetric state of SPARKLING, arXiv
+2602.02472), and its learning rate warms up anew.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BIRTHS = "births"
+"""Key of a parameter's optimizer state: a list of births, oldest first."""
+
+Birth = dict[str, Any]
+"""`old`: the sizes of the part that was there before; `step`: the parameter's step count when the rest came; `factor`,
+`steps`: the rest's learning rate rises to `factor` times the schedule's within so many steps, and returns likewise."""
+
+_FORGOTTEN = 1e-6
+"""A bias correction that differs from 1 by less makes no difference in float32."""
+
+
+class GrownAdamW(torch.optim.AdamW):
+    """Torch's fused AdamW, and behind it a correction of the entries that are still young."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()  # first: it makes the gradients
+        young = [(group, p) for group in self.param_groups for p in group["params"] if self._is_young(p)]
+        before = [[(box, parameter[box].clone()) for box in _boxes_of(self.state[parameter])] for _, parameter in young]
+        super().step()
+        for (group, parameter), boxes in zip(young, before, strict=True):
+            self._correct(group, parameter, boxes)
+        return loss
+
+    def _is_young(self, parameter: Tensor) -> bool:
+        return parameter.grad is not None and bool(self.state.get(parameter, {}).get(BIRTHS))
+
+    def _correct(
+        self, group: Mapping[str, Any], parameter: Tensor, before: list[tuple[tuple[slice, ...], Tensor]]
+    ) -> None:
+        """Write the young entries again, from what they were before the step; later births overrule earlier ones."""
+        state = self.state[parameter]
+        count, (beta1, beta2), lr = float(state["step"]), group["betas"], group["lr"]
+        remaining = iter(before)
+        for birth in state[BIRTHS]:
+            age = count - birth["step"]
+            rate = lr * warm_up_factor(birth, age)
+            for _ in _boxes(parameter.shape, birth["old"]):
+                box, old = next(remaining)
+                first = state["exp_avg"][box] / (1 - beta1**age)
+                second = state["exp_avg_sq"][box] / (1 - beta2**age)
+                update = first / second.sqrt_().add_(group["eps"])
+                parameter[box] = old.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
+        state[BIRTHS] = [birth for birth in state[BIRTHS] if not _is_grown_up(birth, count, max(beta1, beta2))]
+
+
+def warm_up_factor(birth: Mapping[str, Any], age: float) -> float:
+    """What the learning rate of new entries is multiplied with at their age, in steps."""
+    rise, steps = birth["factor"] - 1, birth["steps"]
+    if steps == 0:
+        return 1.0
+    return 1 + rise * max(0.0, min(age / steps, 2 - age / steps))
+
+
+def _is_grown_up(birth: Mapping[str, Any], count: float, beta: float) -> bool:
+    age = count - birth["step"]
+    return beta**age < _FORGOTTEN and age >= 2 * birth["steps"]
+
+
+def _boxes_of(state: Mapping[str, Any]) -> Iterator[tuple[slice, ...]]:
+    for birth in state[BIRTHS]:
+        yield from _boxes(state["exp_avg"].shape, birth["old"])
+
+
+def _boxes(shape: torch.Size, old: list[int]) -> Iterator[tuple[slice, ...]]:
+    """Blocks that together are all of a tensor but its first `old` entries along every axis."""
+    for axis, size in enumerate(old):
+        if size < shape[axis]:
+            yield (*(slice(0, kept) for kept in old[:axis]), slice(size, None), *(slice(None) for _ in old[axis + 1 :]))
