@@ -30,8 +30,8 @@ class Moments:
 @dataclass(frozen=True)
 class WarmUp:
     """Asymmetric optimizer state (SPARKLING, arXiv 2602.02472): old entries keep their moments as they are and stay on
-    the schedule; new ones start from zero, and their learning rate rises to `factor` times the schedule's within `steps`
-    and returns within as many."""
+    the schedule; new ones start from zero, and their learning rate rises to `factor` times the schedule's within
+    `steps` and returns within as many."""
 
     factor: float = 1.3
     steps: int = 250

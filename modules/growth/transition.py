@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
+from modules.grown_adamw import BIRTHS
 from modules.growth.depth import Deepen
 from modules.growth.duplicate import Duplicate
 from modules.growth.maps import widened_eps
@@ -20,7 +21,6 @@ from modules.growth.operation import Moments, Operation, ParameterSource, Tensor
 from modules.growth.stage import GrowthStage, GrowthTarget
 from modules.growth.upcycle import Upcycle
 from modules.growth.width import Widen
-from modules.grown_adamw import BIRTHS
 from modules.layers.transformer import Transformer
 from modules.optim import ParameterFactors
 
