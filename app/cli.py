@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TRAINER_VERBS = {
     "fit": "train a model, growing it on the way when the recipe says so",
     "validate": "loss and bits per byte of each language on the validation split",
+    "plan": "what fit would do with the same configuration: stages, sizes, FLOPs, memory, advice",
 }
 COMMANDS = {
     "prepare": "text, JSONL, parquet or a hub data set into token shards",
@@ -69,7 +70,12 @@ def _run_trainer(arguments: Sequence[str]) -> None:
     from app.training import run
 
     keep_pages()
-    run(arguments)
+    if arguments[0] == "plan":
+        from app.commands.plan import PlanCLI
+
+        run(["fit", *arguments[1:]], PlanCLI)
+    else:
+        run(arguments)
 
 
 def _run_command(verb: str, arguments: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from app import checkpoint as store
 from app.checkpoint_io import DirectoryCheckpointIO
 from app.parsing import OneLineParser
+from app.plan import PlannedStage, plan_stages
 from app.resume import choose_checkpoint
 from app.run_log import RunLog
 from app.start import start_from
@@ -32,6 +33,7 @@ from callbacks.training_log import TrainingLog
 from datamodules.bilingual import BilingualText  # noqa: F401  (subclasses are found by name once imported)
 from datamodules.synthetic_world import SyntheticWorld  # noqa: F401
 from datamodules.text import TextDataModule
+from modules.config import ModelConfig
 from modules.dense import DenseLM  # noqa: F401
 from modules.errors import InputError
 from modules.files import replace_file
@@ -122,21 +124,14 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be checked; only then touch the run directory."""
         run_dir = Path(self.trainer.default_root_dir)
-        max_steps = self.trainer.max_steps
-        if max_steps < 1:
-            raise InputError(f"trainer.max_steps={max_steps} gives the run no end; set trainer.max_steps to at least 1")
-        self.model.schedule_config.check_total(max_steps)
+        max_steps = self._checked_steps()
         chosen, damaged = choose_checkpoint(run_dir, self._get(self.config_init, "ckpt_path"))
         metadata = self._restore_shape(chosen)
         if chosen is None and self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
-        tokens_per_step = self.datamodule.batch_size * self.datamodule.seq_len * self.trainer.world_size
-        tokens_per_step *= self.trainer.accumulate_grad_batches
-        start, applied = self.model.initial_architecture, self.model.applied_transitions
-        architectures = self.growth.check(start, max_steps, tokens_per_step, applied)
-        self.model.architecture = self.model.architecture.trained_like(architectures[len(applied)])
-        for architecture in architectures:
-            check_groups(architecture.moe, self.datamodule.batch_size * self.datamodule.seq_len)
+        architectures = self._check_recipe()
+        done = len(self.model.applied_transitions)
+        self.model.architecture = self.model.architecture.trained_like(architectures[done])
         if metadata and metadata["step"] > max_steps:
             raise InputError(
                 f"trainer.max_steps={max_steps} is below the checkpoint's step {metadata['step']}; raise it"
@@ -183,7 +178,41 @@ class TrainingCLI(LightningCLI):
         metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
         sys.stdout.write("".join(f"{name} {value:.4f}\n" for name, value in metrics.items()))
 
+    # -- plan ----------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> list[PlannedStage]:
+        """The stages that `fit` would go through, after all checks that need no data."""
+        max_steps = self._checked_steps()
+        if self.model.start_from is not None:
+            start_from(Path(self.model.start_from), self.model, self.datamodule)
+        architectures = self._check_recipe()
+        return plan_stages(architectures, self.growth.stages, max_steps, self._tokens_per_step, self.datamodule.seq_len)
+
     # -- parts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _tokens_per_step(self) -> int:
+        """Of one optimizer step, on all ranks."""
+        rows = self.datamodule.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return rows * self.datamodule.seq_len
+
+    def _checked_steps(self) -> int:
+        """The length of the run."""
+        max_steps = self.trainer.max_steps
+        if max_steps < 1:
+            raise InputError(f"trainer.max_steps={max_steps} gives the run no end; set trainer.max_steps to at least 1")
+        self.model.schedule_config.check_total(max_steps)
+        return max_steps
+
+    def _check_recipe(self) -> list[ModelConfig]:
+        """The architectures of all stages, each checked."""
+        model, data = self.model, self.datamodule
+        architectures = self.growth.check(
+            model.initial_architecture, self.trainer.max_steps, self._tokens_per_step, model.applied_transitions
+        )
+        for architecture in architectures:
+            check_groups(architecture.moe, data.batch_size * data.seq_len)
+        return architectures
 
     def _restore_shape(self, chosen: Path | None) -> dict[str, Any]:
         """Give the model the architecture of the checkpoint, and Lightning its path."""
@@ -258,13 +287,13 @@ class TrainingCLI(LightningCLI):
         self.checkpoint_io.record = {"config": text, "wandb_id": wandb_log.version if wandb_log else None}
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str], cli: type[TrainingCLI] = TrainingCLI) -> None:
     """Parse `fit ...` or `validate ...` and do it."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     sys.argv = ["growmoe", *arguments]
-    TrainingCLI(
+    cli(
         LanguageModel,
         TextDataModule,
         subclass_mode_model=True,
