@@ -112,8 +112,9 @@ class Growth(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """A checkpoint is saved before its step's validation: a run that waits for a plateau makes up for it."""
-        loop = trainer.fit_loop.epoch_loop
-        missed = trainer.global_step > self._progress.step and (loop.total_batch_idx + 1) % trainer.val_check_batch == 0
+        loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+        due = every is not None and (loop.total_batch_idx + 1) % every == 0
+        missed = due and trainer.global_step > self._progress.step
         if missed and self._plateau(pl_module) is not None:
             trainer.validating = True
             loop.val_loop.run()
