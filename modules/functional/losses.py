@@ -18,8 +18,8 @@ CACHED_ROWS = 32
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are formed chunk by chunk in the forward pass, so that no chunk's logits outlive it.
 
-    One product less than recomputing under a checkpoint, and at most `chunk_rows` x V logits alive at once. The weight is
-    cast here, so that its gradient, summed over chunks in float32, reaches a float32 weight without being rounded.
+    One product less than recomputing under a checkpoint, and at most `chunk_rows` x V logits alive at once. The weight
+    is cast here, so that its gradient, summed over chunks in float32, reaches a float32 weight without being rounded.
     Its plain twin is in tests/reference.
     """
 
@@ -86,8 +86,8 @@ def linear_cross_entropy(
 def _losses_and_gradient(logits_TV: Tensor, targets_T: Tensor, wide: torch.dtype) -> Tensor:
     """The rows' losses; their logits are overwritten by the gradient of the losses, softmax minus one-hot.
 
-    A few rows at a time, in `wide`, so that on a CPU all passes but the first read from its cache. The largest logit and
-    its probability give the log-partition, and so the losses: one exponential of each logit instead of two.
+    A few rows at a time, in `wide`, so that on a CPU all passes but the first read from its cache. The largest logit
+    and its probability give the log-partition, and so the losses: one exponential of each logit instead of two.
     """
     losses_T = torch.empty(len(targets_T), dtype=wide, device=logits_TV.device)
     step = CACHED_ROWS if logits_TV.device.type == "cpu" else len(targets_T)

@@ -106,7 +106,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Gates are applied where rows are added up: D numbers a row instead of F, in the same pass, forward and backward."""
+    """Gates are applied where rows are added up: to D numbers a row and not to F, in a pass that is made anyway."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, gates_R: Tensor, plan: Dispatch) -> Tensor:
@@ -135,7 +135,7 @@ def _sum_by_token(rows_RD: Tensor, plan: Dispatch, gates_R: Tensor | None = None
 
 
 def _dot_rows(rows_RD: Tensor, slope_TD: Tensor, token_ids_R: Tensor) -> Tensor:
-    """The dot product [R] of each row and the slope of its token, some rows at a time: all products would be a matrix."""
+    """The dot product [R] of each row and the slope of its token; some rows at a time, for all products need memory."""
     pairs = zip(rows_RD.split(DOT_ROWS), token_ids_R.split(DOT_ROWS), strict=True)
     return torch.cat([torch.linalg.vecdot(rows, slope_TD.index_select(0, ids)) for rows, ids in pairs])
 

@@ -31,8 +31,8 @@ def row_multiple(device: torch.device, dtype: torch.dtype, rows_per_expert: int)
 def swiglu_experts(rows_RD: Tensor, counts_E: Tensor, gate_EDF: Tensor, up_EDF: Tensor, down_EFD: Tensor) -> Tensor:
     """down_e(silu(gate_e x_r) * up_e x_r) for each row r of each expert e, [R, D].
 
-    Under autocast, rows and weights are cast as a linear layer's would be. A backward written by hand was no faster, and
-    took more memory: autograd lets go of each matrix of R x F as soon as it has been read.
+    Under autocast, rows and weights are cast as a linear layer's would be. A backward written by hand was no faster,
+    and took more memory: autograd lets go of each matrix of R x F as soon as it has been read.
     """
     dtype = compute_dtype(rows_RD)
     rows_RD, gate_EDF, up_EDF, down_EFD = (t.to(dtype) for t in (rows_RD, gate_EDF, up_EDF, down_EFD))
