@@ -43,7 +43,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         key, value = key.contiguous(), value.contiguous()  # once, rather than in each product
         wide = torch.promote_types(key.dtype, torch.float32)
         wide_key = key.to(wide)  # scores of low precision would be off by more than their weights can bear
-        output = torch.empty_like(query)
+        output = _by_position(query, query.dtype)
         probabilities = []
         for rows, keys in _blocks(query.shape[2], block):
             scores = (_grouped(query[:, :, rows], key).to(wide) * ctx.scale) @ wide_key[:, :, :keys].mT
@@ -59,16 +59,22 @@ class _BlockwiseAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *probabilities = ctx.saved_tensors
         wide = torch.promote_types(key.dtype, torch.float32)
-        d_query = torch.empty_like(query)
-        d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+        d_query = _by_position(query, query.dtype)
+        d_key, d_value = _by_position(key, wide).zero_(), _by_position(value, wide).zero_()
         for (rows, keys), weights in zip(_blocks(query.shape[2], ctx.block), probabilities, strict=True):
-            slope = _grouped(grads[0][:, :, rows], key)
-            d_value[:, :, :keys] += weights.mT @ slope
-            d_weights = slope @ value[:, :, :keys].mT
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            slope = _grouped(grads[0][:, :, rows], key).contiguous()
+            d_value[:, :, :keys].add_(weights.mT @ slope)
+            seen_value = value[:, :, :keys].contiguous()  # oneDNN takes six times as long to copy a transposed slice
+            d_weights = slope @ seen_value.mT
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             d_query[:, :, rows] = _ungrouped(d_scores @ key[:, :, :keys], d_query[:, :, rows])
-            d_key[:, :, :keys] += d_scores.mT @ _grouped(query[:, :, rows], key)
-        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
+            d_key[:, :, :keys].add_(d_scores.mT @ _grouped(query[:, :, rows], key))
+        return d_query.mul_(ctx.scale), d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def _by_position(heads: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty [B, H, L, C] that lies in memory as the projections before and behind want it, [B, L, H, C]."""
+    return torch.empty_like(heads.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _blocks(length: int, block: int) -> Iterator[tuple[slice, int]]:
@@ -93,7 +99,7 @@ def _hide(scores: Tensor, mask: Tensor | None, rows: slice, keys: int) -> None:
     size = rows.stop - rows.start
     by_query = scores.unflatten(2, (-1, size))
     if mask is None:  # only the square on the diagonal has anything to hide
-        later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
-        by_query[..., rows.start :].masked_fill_(later, float("-inf"))
+        later = torch.full((size, size), float("-inf"), dtype=scores.dtype, device=scores.device).triu(1)
+        by_query[..., rows.start :].add_(later)  # in a third of the time of masked_fill_
     else:
         by_query.masked_fill_(~mask[:, :, None, rows, :keys], float("-inf"))

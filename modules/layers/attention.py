@@ -4,13 +4,16 @@ Letters: B batch, L sequence, D model, H query heads, G key-value heads, C chann
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.attention import attend
+from modules.layers.norm import RMSNorm
 from modules.layers.precision import to_compute
 
 
@@ -38,8 +41,29 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn pairs of channels (c, c + C/2) of [B, H, L, C] by the position's angle."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos.to(heads.dtype) + torch.cat((-second, first), dim=-1) * sin.to(heads.dtype)
+    return _Rotation.apply(heads, cos.to(heads.dtype), sin.to(heads.dtype))
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is turned back by the same angle: half as many passes as through the operations of `_turned`."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(heads, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, -sin), None, None
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = heads * cos
+    for half, other, sine in zip(turned.chunk(2, -1), reversed(heads.chunk(2, -1)), (-sin, sin), strict=True):
+        half.addcmul_(other, sine.chunk(2, -1)[0])
+    return turned
 
 
 class KVCache:
@@ -131,7 +155,7 @@ class Attention(nn.Module):
     def _norm(config: ModelConfig, projected_dim: int) -> nn.Module:
         if not config.qk_norm:
             return nn.Identity()
-        return nn.RMSNorm(config.head_size if config.qk_norm_scope == "head" else projected_dim, eps=config.norm_eps)
+        return RMSNorm(config.head_size if config.qk_norm_scope == "head" else projected_dim, eps=config.norm_eps)
 
     def _normed(self, norm: nn.Module, flat: Tensor) -> Tensor:
         return norm(self._split(flat)) if self.norms_heads else self._split(norm(flat))

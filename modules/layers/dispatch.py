@@ -9,8 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modules.functional.routing import Choice, ExpertChoice, count_choices
+
+DOT_ROWS = 4096
+"""Rows that are multiplied at a time where only their sums are wanted."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class LocalDispatcher:
         return _Gather.apply(hidden_TD, plan)
 
     def combine(self, rows_RD: Tensor, plan: Dispatch) -> Tensor:
-        """Add the rows of each token up [T, D]; they have been multiplied by their gates."""
-        return _Combine.apply(rows_RD, plan)
+        """Add the rows of each token up [T, D], multiplied by their gates."""
+        return _Combine.apply(rows_RD, plan.gates_R.to(rows_RD.dtype), plan)
 
 
 class _Gather(torch.autograd.Function):
@@ -102,21 +106,38 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """The mirror of `_Gather`."""
+    """Gates are applied where rows are added up: to D numbers a row and not to F, in a pass that is made anyway."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, plan: Dispatch) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, gates_R: Tensor, plan: Dispatch) -> Tensor:
         ctx.plan = plan
-        return _sum_by_token(rows_RD, plan)
+        ctx.save_for_backward(rows_RD, gates_R)
+        return _sum_by_token(rows_RD, plan, gates_R)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.plan.token_ids_R), None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_RD, gates_R = ctx.saved_tensors
+        token_ids_R = ctx.plan.token_ids_R
+        slope_TD = grads[0].contiguous()
+        each_R = torch.arange(len(token_ids_R), device=token_ids_R.device)
+        d_rows_RD = F.embedding_bag(token_ids_R, slope_TD, each_R, mode="sum", per_sample_weights=gates_R)
+        return d_rows_RD, _dot_rows(rows_RD, slope_TD, token_ids_R), None
 
 
-def _sum_by_token(rows_RD: Tensor, plan: Dispatch) -> Tensor:
-    live_N = None if plan.live_N is None else plan.live_N.to(rows_RD.dtype)
-    return F.embedding_bag(plan.rows_N, rows_RD, plan.offsets_T, mode="sum", per_sample_weights=live_N)
+def _sum_by_token(rows_RD: Tensor, plan: Dispatch, gates_R: Tensor | None = None) -> Tensor:
+    """Sum the rows of each token, of those that count, each times its gate where there are gates."""
+    weights_N = None if gates_R is None else gates_R.index_select(0, plan.rows_N)
+    if plan.live_N is not None:
+        live_N = plan.live_N.to(rows_RD.dtype)
+        weights_N = live_N if weights_N is None else weights_N * live_N
+    return F.embedding_bag(plan.rows_N, rows_RD, plan.offsets_T, mode="sum", per_sample_weights=weights_N)
+
+
+def _dot_rows(rows_RD: Tensor, slope_TD: Tensor, token_ids_R: Tensor) -> Tensor:
+    """The dot product [R] of each row and the slope of its token; some rows at a time, for all products need memory."""
+    pairs = zip(rows_RD.split(DOT_ROWS), token_ids_R.split(DOT_ROWS), strict=True)
+    return torch.cat([torch.linalg.vecdot(rows, slope_TD.index_select(0, ids)) for rows, ids in pairs])
 
 
 def _rows_at(choice: Choice, row_N: Tensor, kept_N: Tensor | None, num_rows: int, counts_E: Tensor) -> Dispatch:

@@ -24,9 +24,9 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
-    def forward(self, rows_RD: Tensor, gates_R: Tensor, counts_E: Tensor) -> Tensor:
-        """Expert e's output for its `counts_E[e]` rows, times their gates; rows are sorted by expert."""
-        return swiglu_experts(rows_RD, gates_R, counts_E, self.gate, self.up, self.down)
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Expert e's output for its `counts_E[e]` rows; rows are sorted by expert."""
+        return swiglu_experts(rows_RD, counts_E, self.gate, self.up, self.down)
 
 
 class RoutedExperts(nn.Module):
@@ -57,7 +57,7 @@ class RoutedExperts(nn.Module):
         plan, stats = self.router.route(hidden_BLD, decoding, multiple)
         hidden_TD = to_compute(hidden_BLD.flatten(0, 1))
         rows_RD = self.dispatcher.dispatch(hidden_TD, plan)
-        mixed_TD = self.dispatcher.combine(self.experts(rows_RD, plan.gates_R, plan.counts_E), plan)
+        mixed_TD = self.dispatcher.combine(self.experts(rows_RD, plan.counts_E), plan)
         if self.shared is not None:
             mixed_TD = mixed_TD + self._shared_output(hidden_TD)
         return mixed_TD.view_as(hidden_BLD), stats

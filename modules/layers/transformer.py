@@ -15,6 +15,7 @@ from modules.functional.routing import RoutingStats
 from modules.layers.attention import Attention, KVCache, rotary_angles
 from modules.layers.experts import Experts, RoutedExperts
 from modules.layers.feedforward import FeedForward
+from modules.layers.norm import RMSNorm
 
 
 class Block(nn.Module):
@@ -58,7 +59,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.final_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()
 
@@ -142,7 +143,7 @@ class Transformer(nn.Module):
 
 
 def _norm(config: ModelConfig, present: bool) -> nn.Module:
-    return nn.RMSNorm(config.dim, eps=config.norm_eps) if present else nn.Identity()
+    return RMSNorm(config.dim, eps=config.norm_eps) if present else nn.Identity()
 
 
 def document_mask(document_ids_BL: Tensor) -> Tensor:

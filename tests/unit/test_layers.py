@@ -14,6 +14,7 @@ from modules.errors import InputError
 from modules.functional.attention import _BlockwiseAttention
 from modules.layers.attention import Attention, KVCache, rotary_angles
 from modules.layers.grouped import grouped_linear
+from modules.layers.norm import RMSNorm
 from modules.layers.transformer import Transformer, document_mask
 from modules.moe_config import MoEConfig
 from tests.conftest import TOLERANCE
@@ -70,6 +71,22 @@ def test_attention_is_the_reference(
         gradients((out * probe).sum(), layer, hidden), gradients((want * probe).sum(), layer, hidden), strict=True
     ):
         torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 4, 6)])
+def test_norm_is_the_plain_one(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = randomize(RMSNorm(6, eps=1e-3), dtype)
+    hidden = torch.randn(shape, dtype=dtype, requires_grad=True)
+    out = norm(hidden)
+    want = hidden / (hidden.square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * norm.weight
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(out, want, **close)
+    probe = torch.randn_like(out)
+    pairs = (gradients((output * probe).sum(), norm, hidden) for output in (out, want))
+    for got, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(got, expected, **close)
 
 
 def test_experts_without_rows_get_zero_gradient() -> None:

@@ -46,6 +46,16 @@ def test_autocast_multiplies_in_bfloat16_and_adds_up_in_float32() -> None:
     for a, b in zip(got, torch.autograd.grad(want, (hidden, weight)), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.1)
+    assert not torch.equal(got[1], got[1].bfloat16().float())  # a sum over chunks that nothing has rounded
+
+
+def test_losses_where_probabilities_underflow() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = 100 * torch.randn(20, 6), torch.randn(11, 6), torch.randint(11, (20,))
+    _, losses = linear_cross_entropy(hidden, weight, targets, 7)
+    want = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    assert want.max() > 300
+    torch.testing.assert_close(losses, want, rtol=TOLERANCE[torch.float32], atol=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
