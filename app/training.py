@@ -236,6 +236,11 @@ class TrainingCLI(LightningCLI):
             "fast_dev_run": ((False, 0), "a short run is trainer.max_steps"),
             "use_distributed_sampler": ((False,), "the data modules share samples out themselves"),
         }
+        if given["precision"] in ("16-true", "transformer-engine-float16"):
+            raise InputError(
+                f"trainer.precision={given['precision']} keeps weights in float16, which loses most updates and "
+                "diverges; use bf16-mixed, or 16-mixed on a GPU without bfloat16"
+            )
         for name, (allowed, reason) in refused.items():
             if given[name] not in allowed:
                 raise InputError(f"trainer.{name}={given[name]} is not offered, since {reason}; leave it out")
