@@ -4,6 +4,7 @@ import importlib
 import inspect
 import keyword
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -80,6 +81,7 @@ def _run_trainer(arguments: Sequence[str]) -> None:
 
 def _run_command(verb: str, arguments: Sequence[str]) -> None:
     _prepare_process()
+    signal.signal(signal.SIGTERM, _end)  # so that what is half written is cleared away, as after Ctrl-C
     from app.parsing import OneLineParser
 
     module = importlib.import_module(f"app.commands.{HOMES.get(verb, verb)}")
@@ -88,6 +90,10 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
     _add_signature(parser, function)
     config = parser.parse_args(list(arguments))
     function(**vars(parser.instantiate_classes(config)))
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _add_signature(parser: "OneLineParser", function: Callable[..., None]) -> None:

@@ -57,7 +57,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt_of(line: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f'{where}not JSON ({error}); write {{"prompt": "…"}}') from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(f'{where}{line[:40]!r} is no object with a text under "prompt"; write {{"prompt": "…"}}')

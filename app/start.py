@@ -1,5 +1,6 @@
 """A run that starts with the model of another checkpoint: imported, grown, or trained elsewhere."""
 
+import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -30,6 +31,12 @@ def start_from(path: Path, model: LanguageModel, datamodule: TextDataModule) -> 
             f"--tokenizer {path / store.TOKENIZER}"
         )
     model.begin_with(record, weights)
+    origin = record.get("origin")
+    if origin is not None and origin["begin_ids"] != [datamodule.tokenizer.eos_id]:
+        sys.stderr.write(
+            f"growmoe: texts of {path} began with the tokens {origin['begin_ids']}; documents of the data begin with "
+            f"end-of-text ({datamodule.tokenizer.eos_id})\n"
+        )
 
 
 def _vocabulary(tokenizer_json: str) -> dict[str, int]:

@@ -4,8 +4,8 @@
 
 from the root of the repository. Makes a Llama-shaped model of random weights (1.1 billion parameters unless told
 otherwise) in the folder, runs the four commands as a user would, and prints for each its seconds, the largest memory
-of the process (anonymous, which must fit; resident, with the pages of mapped files, which the system may drop), and what
-it printed. The folder needs about 45 GB in bfloat16; what a step leaves is deleted once the next one has read it.
+of the process (anonymous, which must fit; resident, with the pages of mapped files, which the system may drop), and
+what it printed. The folder needs about 45 GB in bfloat16; what a step leaves is deleted when the next has read it.
 """
 
 import argparse

@@ -52,17 +52,26 @@ class _Row:
 class HarnessLM(TemplateLM):
     """A network and its tokenizer as lm-eval sees a model.
 
-    Every context begins with one end-of-text token, as every document does in training. Requests that share context
-    and continuation up to its last token share one forward row: the answers A, B, C, D of a question cost one. A
-    context that is too long loses its beginning, as in lm-eval's own models.
+    Every context begins with one token: end-of-text, as every document does in training, unless told another. Requests
+    that share context and continuation up to its last token share one forward row: the answers A, B, C, D of a question
+    cost one. A context that is too long loses its beginning, as in lm-eval's own models.
 
     Args:
         network: a `Transformer` in eval mode.
         tokenizer: with `encode`, `encode_batch`, `decode`, `eos_id` and `sha256`.
         max_batch_tokens: tokens of one forward pass, padding included; a single longer row is still evaluated.
+        begin_id: what begins every context; the tokenizer's end-of-text token when left out.
+        end_ids: each of them ends a generated text; likewise.
     """
 
-    def __init__(self, network: Transformer, tokenizer: Any, max_batch_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        network: Transformer,
+        tokenizer: Any,
+        max_batch_tokens: int = 8192,
+        begin_id: int | None = None,
+        end_ids: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if max_batch_tokens < 1:
             raise InputError(f"max_batch_tokens={max_batch_tokens} must be at least 1; 8192 is a good start")
@@ -70,6 +79,8 @@ class HarnessLM(TemplateLM):
         self.tokenizer = tokenizer
         self.max_batch_tokens = max_batch_tokens
         self._device = next(network.parameters()).device
+        self._begin_id = tokenizer.eos_id if begin_id is None else begin_id
+        self._end_ids = [tokenizer.eos_id] if end_ids is None else list(end_ids)
 
     @property
     def eot_token_id(self) -> int:
@@ -78,8 +89,8 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What begins every context: the end-of-text token."""
-        return self.tokenizer.eos_id
+        """What begins every context."""
+        return self._begin_id
 
     @property
     def max_length(self) -> int:
@@ -213,7 +224,7 @@ class HarnessLM(TemplateLM):
                 self.network,
                 [begin(prompts[index], [self.prefix_token_id]) for index in chosen],
                 max_new_tokens=max_new_tokens,
-                end_ids=[self.eot_token_id],
+                end_ids=self._end_ids,
                 temperature=settings["temperature"] if settings["do_sample"] else 0.0,
                 top_k=settings.get("top_k") or None,
                 top_p=settings.get("top_p"),
@@ -240,6 +251,8 @@ def evaluate_tasks(
     include_path: Path | None = None,
     limit: int | float | None = None,
     max_batch_tokens: int = 8192,
+    begin_id: int | None = None,
+    end_ids: Sequence[int] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Any]:
     """Run lm-eval tasks on a network, and leave network, random state and gradients as they were.
@@ -251,6 +264,7 @@ def evaluate_tasks(
         include_path: a folder with task YAMLs, when `tasks` are names.
         limit: documents per task at most; below 1, a share of them.
         max_batch_tokens: tokens of one forward pass.
+        begin_id, end_ids: as in `HarnessLM`.
         on_failure: called with a task's name and the error, and the others go on; without it the error is raised.
 
     Returns:
@@ -269,7 +283,7 @@ def evaluate_tasks(
         tasks = load_tasks(suite, include_path)
     record: dict[str, Any] = {key: {} for key in ("results", "headline", "num_samples", "num_fewshot", "versions")}
     with preserved_random_state(), quiet_harness(), _eval_mode(network), torch.no_grad():
-        model = HarnessLM(network, tokenizer, max_batch_tokens)
+        model = HarnessLM(network, tokenizer, max_batch_tokens, begin_id, end_ids)
         for name, loaded in tasks.items():
             try:
                 _evaluate_one(model, name, loaded, limit, record)

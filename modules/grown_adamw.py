@@ -16,8 +16,11 @@ BIRTHS = "births"
 """Key of a parameter's optimizer state: a list of births, oldest first."""
 
 Birth = dict[str, Any]
-"""`old`: the sizes of the part that was there before; `step`: the parameter's step count when the rest came; `factor`,
-`steps`: the rest's learning rate rises to `factor` times the schedule's within so many steps, and returns likewise."""
+"""`old`: along every axis, the size of the part that was there before, or its indices where they are not the first;
+`step`: the parameter's step count when the rest came; `factor`, `steps`: the rest's learning rate rises to `factor`
+times the schedule's within so many steps, and returns likewise."""
+
+Box = tuple[slice | list[int], ...]
 
 _FORGOTTEN = 1e-6
 """A bias correction that differs from 1 by less makes no difference in float32."""
@@ -43,9 +46,7 @@ class GrownAdamW(torch.optim.AdamW):
     def _is_young(self, parameter: Tensor) -> bool:
         return parameter.grad is not None and bool(self.state.get(parameter, {}).get(BIRTHS))
 
-    def _correct(
-        self, group: Mapping[str, Any], parameter: Tensor, before: list[tuple[tuple[slice, ...], Tensor]]
-    ) -> None:
+    def _correct(self, group: Mapping[str, Any], parameter: Tensor, before: list[tuple[Box, Tensor]]) -> None:
         """Write the young entries again, from what they were before the step; later births overrule earlier ones."""
         state = self.state[parameter]
         count, (beta1, beta2), lr = float(state["step"]), group["betas"], group["lr"]
@@ -75,13 +76,16 @@ def _is_grown_up(birth: Mapping[str, Any], count: float, beta: float) -> bool:
     return beta**age < _FORGOTTEN and age >= 2 * birth["steps"]
 
 
-def _boxes_of(state: Mapping[str, Any]) -> Iterator[tuple[slice, ...]]:
+def _boxes_of(state: Mapping[str, Any]) -> Iterator[Box]:
     for birth in state[BIRTHS]:
         yield from _boxes(state["exp_avg"].shape, birth["old"])
 
 
-def _boxes(shape: torch.Size, old: list[int]) -> Iterator[tuple[slice, ...]]:
-    """Blocks that together are all of a tensor but its first `old` entries along every axis."""
-    for axis, size in enumerate(old):
-        if size < shape[axis]:
-            yield (*(slice(0, kept) for kept in old[:axis]), slice(size, None), *(slice(None) for _ in old[axis + 1 :]))
+def _boxes(shape: torch.Size, old: list[int | list[int]]) -> Iterator[Box]:
+    """Blocks that together are all of a tensor but what is old along every axis."""
+    for axis, (kept, size) in enumerate(zip(old, shape, strict=True)):
+        if (kept if isinstance(kept, int) else len(kept)) < size:
+            inside = (slice(0, before) if isinstance(before, int) else before for before in old[:axis])
+            behind = (slice(None) for _ in old[axis + 1 :])
+            new = slice(kept, None) if isinstance(kept, int) else sorted(set(range(size)) - set(kept))
+            yield (*inside, new, *behind)

@@ -61,7 +61,18 @@ class Weights:
             return dtype if spec.dtype.is_floating_point else spec.dtype
 
         specs = {name: Spec(kept(spec), spec.shape) for name, spec in self.specs.items()}
-        return Weights(specs, lambda name: self.read(name).to(specs[name].dtype))
+
+        def read(name: str) -> Tensor:
+            tensor = self.read(name)
+            cast = tensor.to(specs[name].dtype)
+            if specs[name].dtype == torch.float16 and cast.isinf().any() and not tensor.isinf().any():
+                raise InputError(
+                    f"dtype=float16 cannot hold {name}, whose largest entry is {tensor.abs().max().item():.3g} (the "
+                    "limit is 65504); use bfloat16 or float32"
+                )
+            return cast
+
+        return Weights(specs, read)
 
     def renamed(self, names: Mapping[str, str]) -> "Weights":
         """The tensors that `names` lists, new name by new name, under their new names and in that order."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.device import choose_device
+from app.outputs import check_new_output
 from modules.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def evaluate(
     from app.loading import load_model
     from callbacks.eval_tasks import choose_suite, load_tasks
 
-    _check_output(output)
+    if output is not None:
+        check_new_output(output)
     suite = choose_suite(tasks)
     target = choose_device(device)
     model = load_model(checkpoint)
@@ -51,6 +53,8 @@ def evaluate(
             load_tasks(suite, include_path),
             limit=limit,
             max_batch_tokens=max_batch_tokens,
+            begin_id=model.begin_ids[0] if model.begin_ids else None,
+            end_ids=model.end_ids or None,
         )
     found.pop("headline")
     facts = {key: model.metadata.get(key) for key in ("step", "tokens")}
@@ -120,17 +124,8 @@ def _show(table: "Table") -> None:
     console.print(table)
 
 
-def _check_output(output: Path | None) -> None:
-    if output is None:
-        return
-    if output.exists():
-        raise InputError(f"output={output} exists, and results are not overwritten; choose another name or move it")
-    if not output.parent.is_dir():
-        raise InputError(f"output={output} lies in a folder that does not exist; create {output.parent} first")
-
-
 def _write(output: Path, record: dict[str, Any]) -> None:
     from modules.files import replace_file
 
-    _check_output(output)  # it may have appeared during the evaluation
+    check_new_output(output)  # it may have appeared during the evaluation
     replace_file(output, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

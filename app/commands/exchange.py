@@ -1,5 +1,6 @@
 """`growmoe import` and `growmoe export`: models and tokenizers in the format of Hugging Face, both ways."""
 
+import math
 import re
 import sys
 import time
@@ -134,10 +135,11 @@ def _read_tokenizer(path: Path, vocab_size: int) -> tuple[str, list[int]]:
 
 def _bytes(size: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", size.strip().upper())
-    number = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if number < 1:
-        raise InputError(f"max_shard_size={size} is not a size; give one such as 5GB or 500MB")
-    return number
+    number = float(match[1]) * _UNITS[match[2] or ""] if match else 0.0
+    if not 1 <= number < math.inf:
+        shown = size if len(size) <= 40 else f"{size[:40]}..."
+        raise InputError(f"max_shard_size={shown} is not a size; give one such as 5GB or 500MB")
+    return int(number)
 
 
 def _report(family: str, weights: "Weights", started: float, lines: list[str]) -> None:

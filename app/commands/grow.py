@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from app.checkpoint import has_state, load_state, open_weights, read_metadata, read_tokenizer_json, write_checkpoint
+from app.outputs import check_new_output
 from app.parsing import OneLineParser
 from modules.config import CHECKPOINT_KEY, ModelConfig
 from modules.errors import InputError
@@ -62,11 +63,10 @@ def grow(
         output: the new checkpoint's directory, which must not exist yet.
         stage: which stage of the recipe, counted from 1; the first one not yet applied when left out.
         verify: compare logits before and after, on random tokens, and refuse to write an exact method's model that
-            differs by more than rounding; false skips it.
+            differs by more than rounding; false skips it. What rounding to a smaller dtype adds is printed too.
         dtype: numbers of the new weights. An imported model may have any; one with optimizer state keeps its own.
     """
-    if output.exists():
-        raise InputError(f"output={output} exists, and checkpoints are never overwritten; choose another name")
+    check_new_output(output)
     metadata = read_metadata(checkpoint)
     stages = read_recipe(config)
     number = len(metadata["applied_transitions"]) + 1 if stage is None else stage
@@ -147,7 +147,7 @@ def grow_model(
     copies = stage.copies or ("powers" if dtype in (torch.bfloat16, torch.float16) else "even")
     transition = build_transition(source, replace(stage, copies=copies))
     grown = _stored(transition, dtype)
-    drift = _checked_drift(weights, before, grown, transition) if verify else None
+    drift = _checked_drift(weights, grown, transition, before) if verify else None
     applied = [*metadata["applied_transitions"], stage.identity]
     entry = {
         "step": metadata["step"],
@@ -231,11 +231,22 @@ def _on_meta(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def _checked_drift(before: Weights, config: ModelConfig, after: Weights, transition: Transition) -> float:
-    """The largest change of a logit on random tokens; both models pass through memory block by block."""
+def _checked_drift(before: Weights, stored: Weights, transition: Transition, config: ModelConfig) -> float:
+    """The largest change of a logit on random tokens, between the weights that are stored; the growth itself is checked
+    before they are rounded. Models pass through memory block by block."""
     length = min(64, config.max_seq_len)
     tokens_BL = torch.randint(config.vocab_size, (4, length), generator=seeded_generator(0, "drift"))
-    old, new = streamed_logits(before, config, tokens_BL), streamed_logits(after, transition.config, tokens_BL)
-    drift = (old - new).abs().max().item()
-    check_drift(transition, drift, old.abs().max().item(), after.specs["embedding.weight"].dtype)
-    return drift
+    old = streamed_logits(before, config, tokens_BL)
+    wide = torch.promote_types(stored.specs["embedding.weight"].dtype, torch.float32)
+    exact = _stored(transition, wide)
+    drift, largest = _change(old, streamed_logits(exact, transition.config, tokens_BL)), old.abs().max().item()
+    check_drift(transition, drift, largest, wide)
+    if stored.specs == exact.specs:
+        return drift
+    return _change(old, streamed_logits(stored, transition.config, tokens_BL))
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    """The largest change of a logit; NaN counts as infinite."""
+    largest = (before - after).abs().max().item()
+    return largest if largest == largest else float("inf")

@@ -119,7 +119,10 @@ class Duplicate:
         return self.rules.varied(name, expert, matrix) if expert % self.times else matrix
 
     def _scale(self, name: str) -> float:
-        """On up and down, where gates are not divided by their sum: the root of what the chosen gates lose or gain."""
+        """On up and down, where gates are not divided by their sum: the root of what the chosen gates lose or gain. A
+        bias is added to scores, and those of a softmax become 1/m of what they were."""
+        if name.endswith(".selection_bias_E") and self.moe.router.score != "sigmoid":
+            return 1 / self.times
         if self.moe.renormalize or not name.endswith((".experts.up", ".experts.down")):
             return 1.0
         kept = self.moe.top_k / self._before.top_k  # of sigmoids, each as large as before

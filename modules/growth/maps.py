@@ -60,8 +60,13 @@ class AxisMap:
         """Target indices that are not the first copy of their source. Heads are new inside their groups, not behind
         all old ones."""
         place = torch.arange(len(self.index))
-        first = torch.full((self.num_source,), len(self.index)).scatter_reduce(0, self.index, place, "amin")
-        return place[first[self.index] < place]
+        return place[self.firsts[self.index] < place]
+
+    @property
+    def firsts(self) -> Tensor:
+        """The first copy of each source index."""
+        place = torch.arange(len(self.index))
+        return torch.full((self.num_source,), len(self.index)).scatter_reduce(0, self.index, place, "amin")
 
     @property
     def is_uniform(self) -> bool:

@@ -4,7 +4,7 @@ Operations read through a callable, so that a chain of them (widen, then deepen,
 time and never holds two whole models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,20 +36,39 @@ class WarmUp:
     factor: float = 1.3
     steps: int = 250
 
-    def extended(self, before: Moments, shape: tuple[int, ...]) -> Moments:
-        """The state of a parameter whose first entries along every axis are those before."""
+    def extended(self, before: Moments, shape: tuple[int, ...], places: Mapping[int, Tensor] | None = None) -> Moments:
+        """The state of a larger parameter.
+
+        Args:
+            shape: its shape.
+            places: by axis, where the entries before are; they are the first ones where it says nothing.
+        """
         if tuple(before.first.shape) == shape:
             return before
-        old = tuple(slice(0, size) for size in before.first.shape)
-        first, second = before.first.new_zeros(shape), before.second.new_zeros(shape)
-        first[old], second[old] = before.first, before.second
-        birth = {"old": list(before.first.shape), "step": before.step, "factor": self.factor, "steps": self.steps}
-        return Moments(first, second, before.step, (*before.births, birth))
+        first, second, births = before.first, before.second, before.births
+        old: list[int | list[int]] = list(before.first.shape)
+        for axis, place in (places or {axis: torch.arange(size) for axis, size in enumerate(first.shape)}).items():
+            larger = (*first.shape[:axis], shape[axis], *first.shape[axis + 1 :])
+            first = first.new_zeros(larger).index_copy_(axis, place.to(first.device), first)
+            second = second.new_zeros(larger).index_copy_(axis, place.to(second.device), second)
+            if not torch.equal(place, torch.arange(len(place))):
+                old[axis] = place.tolist()
+                births = tuple(_moved(birth, axis, place) for birth in births)
+        birth = {"old": old, "step": before.step, "factor": self.factor, "steps": self.steps}
+        return Moments(first, second, before.step, (*births, birth))
 
     def new(self, like: Moments) -> Moments:
         """The state of a parameter that is new altogether."""
         birth = {"old": [0] * like.first.ndim, "step": 0.0, "factor": self.factor, "steps": self.steps}
         return Moments(torch.zeros_like(like.first), torch.zeros_like(like.second), 0.0, (birth,))
+
+
+def _moved(birth: Birth, axis: int, place: Tensor) -> Birth:
+    """A birth after the entries of one axis have moved to other places."""
+    kept = birth["old"][axis]
+    indices = torch.arange(kept) if isinstance(kept, int) else torch.tensor(kept)
+    old = [*birth["old"][:axis], place[indices].tolist(), *birth["old"][axis + 1 :]]
+    return {**birth, "old": old}
 
 
 class ParameterSource(Protocol):

@@ -1,7 +1,7 @@
 """One stage of a growth recipe: when it happens, what the model becomes, and how."""
 
 import math
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from modules.errors import InputError, require_not_negative, require_positive
@@ -67,6 +67,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a published method sets, by the name it is known by; the target says how large the model becomes."""
 
 
+USUAL = "usual"
+"""Key of a field's metadata: its value where neither the recipe nor a preset gives one. Such a field is None only until
+the stage is made."""
+
+
 @dataclass(frozen=True)
 class GrowthStage:
     """One transition: when it happens, what the model becomes, and how. A run needs exactly one trigger (`at_…`)."""
@@ -84,12 +89,13 @@ class GrowthStage:
     preset: str | None = None
     """a published method: fpi, aki, aki_pro, sparkling, g_stack, llama_pro, aquila_scale_out, virtual_group, split,
     drop_upcycling or expert_duplication; options that are given beside it win"""
-    width: WidthMethod = "iso"
-    """widening: iso (exact for any ratio), zero (new channels start unwritten; exact), lemon (iso whose split inputs
-    are drawn; exact), fpi (exact for whole ratios), aki (new rows from the next layer; not exact)"""
+    width: WidthMethod | None = field(default=None, metadata={USUAL: "iso"})
+    """widening: iso (usual; exact for any ratio), zero (new channels start unwritten; exact), lemon (iso whose split
+    inputs are drawn; exact), fpi (exact for whole ratios), aki (new rows from the next layer; not exact)"""
     copies: Literal["even", "random", "powers"] | None = None
     """widening: new indices copy the old ones in turn, or at random, or in powers of 2 and 4, whose scales are exact in
-    bfloat16 and float16; empty: powers where grown weights are stored in one of those, else even"""
+    bfloat16 and float16 (but for models with QK-norm or post-norms, whose epsilon is shared); empty: powers where grown
+    weights are stored in one of those, else even"""
     split_noise: float = 0.0
     """widening: relative noise on split inputs that cancels exactly and makes copies part; 0 for none"""
     noise: Noise = "projection"
@@ -98,23 +104,23 @@ class GrowthStage:
     """aki: all output rows are taken from the next layer, or those of hidden neurons and heads"""
     aki_consumers: Literal["self", "next"] = "self"
     """aki: what reads new neurons and heads is its own layer's, or the next layer's too"""
-    depth: DepthMethod = "zero_block"
-    """deepening: zero_block (new blocks write nothing at first; exact), stack (the whole model again and again) or
-    interpolate (each block again behind itself); the last two are not exact"""
+    depth: DepthMethod | None = field(default=None, metadata={USUAL: "zero_block"})
+    """deepening: zero_block (usual; new blocks write nothing at first; exact), stack (the whole model again and again)
+    or interpolate (each block again behind itself); the last two are not exact"""
     new_layers: tuple[int, ...] | None = None
     """zero_block: the numbers of the new blocks in the deeper model, from 0; empty: spread evenly"""
-    upcycle: Variation = "drop"
+    upcycle: Variation | None = field(default=None, metadata={USUAL: "drop"})
     """experts are equal copies of the feed-forward (of its shards, where moe.expert_dim is smaller; of each expert,
-    where there are experts already), or copies with a share of neurons drawn anew, or with noise"""
-    drop_ratio: float = 0.5
-    """drop: share of each expert's hidden neurons drawn anew"""
-    expert_noise: float = 0.1
-    """noise: its standard deviation, relative to the weights'"""
-    router_std: float = 0.02
-    """standard deviation of the new router's weights"""
-    optimizer_state: Literal["mapped", "asymmetric", "reset"] = "mapped"
-    """Adam's moments are carried over, scaled as the growth demands; or kept for old entries, while new ones start
-    from zero with a warm-up of their own; or all start afresh"""
+    where there are experts already), or copies with a share of neurons drawn anew (drop, usual), or with noise"""
+    drop_ratio: float | None = field(default=None, metadata={USUAL: 0.5})
+    """drop: share of each expert's hidden neurons drawn anew; usually 0.5"""
+    expert_noise: float | None = field(default=None, metadata={USUAL: 0.1})
+    """noise: its standard deviation, relative to the weights'; usually 0.1"""
+    router_std: float | None = field(default=None, metadata={USUAL: 0.02})
+    """standard deviation of the new router's weights; usually 0.02"""
+    optimizer_state: Literal["mapped", "asymmetric", "reset"] | None = field(default=None, metadata={USUAL: "mapped"})
+    """Adam's moments are carried over, scaled as the growth demands (usual); or kept for old entries, while new ones
+    start from zero with a warm-up of their own; or all start afresh"""
     warm_up_factor: float = 1.3
     """asymmetric: the learning rate of new entries rises to so many times the schedule's, and returns"""
     warm_up_steps: int = 250
@@ -125,28 +131,24 @@ class GrowthStage:
     def __post_init__(self) -> None:
         if self.new_layers is not None:
             object.__setattr__(self, "new_layers", tuple(self.new_layers))
-        self._apply_preset()
+        self._complete()
         given = {name: getattr(self, name) for name in TRIGGERS if getattr(self, name) is not None}
         if len(given) > 1:
             raise InputError(f"growth stage with {' and '.join(given)} has more than one trigger; keep one")
         require_positive(**{f"growth stage {name}": value for name, value in given.items() if name != "at_plateau"})
         if self.at_fraction is not None and self.at_fraction >= 1:
             raise InputError(f"growth stage at_fraction={self.at_fraction} must lie below 1; it is a share of the run")
-        for name, usual in (("split_noise", 0.1), ("router_std", 0.02), ("expert_noise", 0.1)):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(
-                    f"{name}={getattr(self, name)} must be a finite number of at least 0; {usual} is usual"
-                )
+        for name in ("split_noise", "router_std", "expert_noise", "warm_up_steps"):
+            require_not_negative(**{name: getattr(self, name)})
         require_positive(warm_up_factor=float(self.warm_up_factor))
-        require_not_negative(warm_up_steps=self.warm_up_steps)
-        if not 0 < self.drop_ratio <= 1:
+        if not 0 < self._chosen("drop_ratio") <= 1:
             raise InputError(f"drop_ratio={self.drop_ratio} must lie above 0 and at most 1; 0.5 is usual")
 
     @property
     def width_rules(self) -> WidthRules:
         """How it widens."""
-        kind = self.copies or "even"
-        return WidthRules(self.width, kind, self.split_noise, self.noise, self.aki_scope, self.aki_consumers, self.seed)
+        kind, method = self.copies or "even", self._chosen("width")
+        return WidthRules(method, kind, self.split_noise, self.noise, self.aki_scope, self.aki_consumers, self.seed)
 
     @property
     def warm_up(self) -> WarmUp | None:
@@ -157,7 +159,13 @@ class GrowthStage:
     @property
     def upcycle_rules(self) -> UpcycleRules:
         """How experts are made."""
-        return UpcycleRules(self.upcycle, self.drop_ratio, self.expert_noise, self.router_std, self.seed)
+        variation, ratio, noise = (self._chosen(name) for name in ("upcycle", "drop_ratio", "expert_noise"))
+        return UpcycleRules(variation, ratio, noise, self._chosen("router_std"), self.seed)
+
+    @property
+    def depth_method(self) -> DepthMethod:
+        """How it deepens."""
+        return self._chosen("depth")
 
     @property
     def trigger(self) -> str | None:
@@ -172,14 +180,18 @@ class GrowthStage:
             return math.ceil(self.at_fraction * max_steps)
         return self.at_step if self.at_tokens is None else math.ceil(self.at_tokens / tokens_per_step)
 
-    def _apply_preset(self) -> None:
-        if self.preset is None:
-            return
-        if self.preset not in PRESETS:
+    def _complete(self) -> None:
+        """Fill in what is not given: from the preset, or what is usual."""
+        if self.preset is not None and self.preset not in PRESETS:
             raise InputError(f"growth stage preset={self.preset!r} is not known; choose one of {', '.join(PRESETS)}")
-        for field in fields(self):
-            if field.name in PRESETS[self.preset] and getattr(self, field.name) == field.default:
-                object.__setattr__(self, field.name, PRESETS[self.preset][field.name])
+        preset = PRESETS.get(self.preset or "", {})
+        for option in fields(self):
+            if USUAL in option.metadata and getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, preset.get(option.name, option.metadata[USUAL]))
+
+    def _chosen(self, name: str) -> Any:
+        """An option after it was filled in."""
+        return getattr(self, name)
 
     @property
     def identity(self) -> str:
@@ -188,8 +200,9 @@ class GrowthStage:
 
 
 def _describe(config: Any) -> str:
-    """The fields of a dataclass that differ from their defaults; fields that come later do not change it."""
-    chosen = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    """The fields of a dataclass that differ from what is usual; fields that come later do not change it."""
+    usual = {option.name: option.metadata.get(USUAL, option.default) for option in fields(config)}
+    chosen = {name: getattr(config, name) for name in usual if getattr(config, name) != usual[name]}
     chosen = {name: value for name, value in chosen.items() if name not in TRAINING_SETTINGS}
     if getattr(config, "bias_update_rate", 0):
         chosen["selection_bias"] = True

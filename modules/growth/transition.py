@@ -69,13 +69,13 @@ def build_transition(source: ParameterSource, stage: GrowthStage) -> Transition:
     if wider != start:
         rules = stage.width_rules
         wider = replace(wider, norm_eps=widened_eps(start, wider.dim, rules.maps))
-        grown = add("widen", stage.width, Widen(grown, wider, rules, stage.warm_up))
+        grown = add("widen", rules.method, Widen(grown, wider, rules, stage.warm_up))
     if target.num_layers is not None and target.num_layers != start.num_layers:
-        deeper = Deepen(grown, target.num_layers, stage.depth, stage.new_layers, stage.warm_up)
-        grown = add("deepen", stage.depth, deeper)
+        deeper = Deepen(grown, target.num_layers, stage.depth_method, stage.new_layers, stage.warm_up)
+        grown = add("deepen", stage.depth_method, deeper)
     if target.moe is not None and target.moe != start.moe:
         scale_out = Upcycle if start.moe is None else Duplicate
-        grown = add("upcycle", stage.upcycle, scale_out(grown, target.moe, stage.upcycle_rules))
+        grown = add("upcycle", stage.upcycle_rules.variation, scale_out(grown, target.moe, stage.upcycle_rules))
     if not steps:
         raise InputError(f"growth stage {stage.trigger or ''} changes nothing; give it a larger target or remove it")
     kinds, methods, operations = zip(*steps, strict=True)

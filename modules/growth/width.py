@@ -99,21 +99,22 @@ class Widen:
             if role not in self.maps:
                 continue
             if self.maps[role].draws and grown.ndim > 1:
-                grown = self._drawn(grown, axis, self.maps[role], name)
+                self._draw(grown, axis, self.maps[role], name)
             if self.rules.relative_noise and role in IN_AXES:
-                grown = grown + self._noise(grown, axis, self.maps[role], name)
+                grown += self._noise(grown, axis, self.maps[role], name)
         return grown
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state, mapped so that the grown model takes the source's steps: exactly, where all sources have equally
-        many copies, and copies serve the same readers, unlike key-value heads of which each has other query heads."""
+        """Adam's state, mapped so that the grown model takes the source's steps. It does exactly where all sources have
+        equally many copies, and these the same readers: not where key-value heads are repeated for other query heads.
+        """
         before = self.source.moments(name)
         if before is None:
             return None
         if self.asymmetric is not None:
-            sizes = zip(role_of(name).axes, before.first.shape, strict=True)
-            shape = tuple(len(self.maps[role].index) if role in self.maps else size for role, size in sizes)
-            return self.asymmetric.extended(before, shape)
+            maps = {axis: self.maps[role] for axis, role in enumerate(role_of(name).axes) if role in self.maps}
+            shape = tuple(len(maps[i].index) if i in maps else size for i, size in enumerate(before.first.shape))
+            return self.asymmetric.extended(before, shape, {axis: m.firsts for axis, m in maps.items()})
 
         def read(part: str) -> Callable[[str], Tensor]:
             return lambda other: getattr(self.source.moments(other) or before, part)
@@ -169,15 +170,15 @@ class Widen:
                 tensor = self.maps[role].apply(tensor, axis, factor(self.maps[role]))
         return tensor
 
-    def _drawn(self, grown: Tensor, axis: int, axis_map: AxisMap, name: str) -> Tensor:
-        """What only fills the size up is drawn as large as the weights are."""
+    def _draw(self, grown: Tensor, axis: int, axis_map: AxisMap, name: str) -> None:
+        """What only fills the size up is drawn as large as the weights are, in place."""
         new = (axis_map.live == 0).nonzero()[:, 0].to(grown.device)
         if not len(new):
-            return grown
+            return
         shape = [*grown.shape[:axis], len(new), *grown.shape[axis + 1 :]]
         generator = seeded_generator(self.rules.seed, "drawn", name, str(axis))
         drawn = torch.randn(shape, generator=generator, dtype=torch.float32).to(grown) * grown.std()
-        return grown.index_copy(axis, new, drawn)
+        grown.index_copy_(axis, new, drawn)
 
     def _noise(self, grown: Tensor, axis: int, axis_map: AxisMap, name: str) -> Tensor:
         """Noise whose sum over the copies of each input is zero."""
@@ -185,14 +186,14 @@ class Widen:
         noise = torch.randn(grown.shape, generator=generator, dtype=torch.float32).to(grown)
         if self.rules.noise == "pairs":
             first, sign = axis_map.pairs
-            centred = noise.index_select(axis, first.to(grown.device)) * along(sign, axis, grown)
-        else:
+            noise = noise.index_select(axis, first.to(grown.device)).mul_(along(sign, axis, grown))
+        else:  # matrices are large: each step is in place
             index, live = axis_map.index.to(grown.device), along(axis_map.live, axis, grown)
-            sums = grown.new_zeros(*grown.shape[:axis], axis_map.num_source, *grown.shape[axis + 1 :])
-            sums = sums.index_add_(axis, index, noise * live)
-            counts = torch.bincount(axis_map.index, weights=axis_map.live)[axis_map.index]
-            centred = (noise - sums.index_select(axis, index) / along(counts, axis, grown)) * live
-        return centred * (self.rules.relative_noise * grown.std())
+            counts = torch.bincount(axis_map.index, weights=axis_map.live)
+            means = grown.new_zeros(*grown.shape[:axis], axis_map.num_source, *grown.shape[axis + 1 :])
+            means.index_add_(axis, index, noise.mul_(live)).div_(along(counts, axis, grown))
+            noise.sub_(means.index_select(axis, index)).mul_(live)
+        return noise.mul_(self.rules.relative_noise * grown.std())
 
 
 def _num_layers_with(role: Axis, config: ModelConfig) -> int:

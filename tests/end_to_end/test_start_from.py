@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from datamodules.tokenizer import train_tokenizer
 from tests.end_to_end import runs
 from tests.end_to_end.test_bad_input import refused
 
+ORIGIN = {"family": "mixtral", "files": {}, "begin_ids": [0], "end_ids": [1]}
+
 
 @pytest.fixture(scope="module")
 def seed_model(grown_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,7 +33,7 @@ def seed_model(grown_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     source, path = grown_run / "checkpoints" / "step-00000016", tmp_path_factory.mktemp("imported") / "seed"
     found = read_metadata(source)
     metadata = {"step": 0, "tokens": 0, "stage": 0, "architecture": found["architecture"], "factors": {}}
-    metadata |= {"applied_transitions": [], "transition_records": [], "origin": {"family": "mixtral", "files": {}}}
+    metadata |= {"applied_transitions": [], "transition_records": [], "origin": ORIGIN}
     weights = open_weights(source)
     write_checkpoint(path, weights=weights, metadata=metadata, tokenizer_json=read_tokenizer_json(source))
     return path
@@ -57,7 +61,8 @@ def test_a_run_starts_where_the_model_was(
     run_dir = runs.fit(config)
     metadata = read_metadata(run_dir / "checkpoints" / "step-00000004")
     assert metadata["architecture"] == read_metadata(seed_model)["architecture"]
-    assert metadata["origin"] == {"family": "mixtral", "files": {}} and metadata["stage"] == 0
+    assert metadata["origin"] == ORIGIN and metadata["stage"] == 0
+    assert "began with the tokens [0]; documents of the data begin with" in capsys.readouterr().err
     assert float(runs.losses(run_dir)[1]) < float(runs.losses(grown_run)[1]) - 0.2  # not from fresh weights
 
 
@@ -152,3 +157,51 @@ def test_checkpoints_of_the_first_format_are_read(
     assert all(torch.equal(weights.read(name), new[f"network.{name}"]) for name in weights.specs)
     config = runs.settings(tmp_path / "longer", world, max_steps=18)
     assert set(runs.losses(runs.fit(config, "--ckpt_path", str(old)))) == {17, 18}
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("taken", "exists, and nothing is ever overwritten"),
+        ("dangling", "exists, and nothing is ever overwritten"),
+        ("no/such/folder/x", "lies in a folder that does not exist"),
+        ("file/x", "lies in a folder that does not exist"),
+        ("n" * 250, "a name of 250 bytes"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_first(
+    output: str, words: str, seed_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    recipe = str(runs.write({"growth": {"stages": [{"target": {"num_layers": 4}}]}}, tmp_path / "recipe.yaml"))
+    before = sorted(tmp_path.iterdir())
+    line = refused(capsys, "grow", str(seed_model), "--config", recipe, "--output", str(tmp_path / output))
+    assert words in line and sorted(tmp_path.iterdir()) == before
+
+
+def test_a_termination_clears_half_results_away(seed_model: Path, tmp_path: Path) -> None:
+    """A process that is told to end in the middle of writing."""
+    recipe = runs.write({"growth": {"stages": [{"target": {"num_layers": 4}}]}}, tmp_path / "recipe.yaml")
+    program = (
+        "import os, signal, sys, modules.weights as w; from app.cli import main; append = w._append\n"
+        "def slow(*args): append(*args); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "w._append = slow; main(sys.argv[1:])"
+    )
+    words = ["grow", str(seed_model), "--config", str(recipe), "--output", str(tmp_path / "grown")]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_rounding_is_not_held_against_an_exact_growth(
+    seed_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In bfloat16 rounding can turn a router's choice: it is told, and the model is written."""
+    stage = {"target": {"dim": 40, "num_heads": 5}, "split_noise": 1.0}
+    recipe = runs.write({"growth": {"stages": [stage]}}, tmp_path / "recipe.yaml")
+    output = tmp_path / "grown"
+    main(["grow", str(seed_model), "--config", str(recipe), "--output", str(output), "--dtype", "bfloat16"])
+    assert read_metadata(output)["transition_records"][0]["max_logit_drift"] > 1e-3
+    assert "largest change of a logit" in capsys.readouterr().out

@@ -68,7 +68,8 @@ def test_triggers_that_make_no_sense(
 def test_presets_set_what_they_say_and_options_beside_them_win(preset: str) -> None:
     stage = GrowthStage(GrowthTarget(num_layers=9), at_step=1, preset=preset)
     assert all(getattr(stage, name) == value for name, value in PRESETS[preset].items())
-    other = GrowthStage(GrowthTarget(num_layers=9), at_plateau=Plateau(), preset=preset, upcycle="noise", width="lemon")
-    assert (other.upcycle, other.width) == ("noise", "lemon")
+    for options in ({"upcycle": "noise", "width": "lemon"}, {"upcycle": "drop", "width": "iso", "depth": "zero_block"}):
+        other = GrowthStage(GrowthTarget(num_layers=9), at_plateau=Plateau(), preset=preset, **options)
+        assert all(getattr(other, name) == value for name, value in options.items())
     with pytest.raises(InputError):
         GrowthStage(GrowthTarget(num_layers=9), preset=preset + "s")

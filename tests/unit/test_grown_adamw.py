@@ -148,3 +148,30 @@ def test_what_is_new_altogether_steps_like_a_fresh_parameter(shape: tuple[int, .
         optimizer.step()
         plain.step()
     torch.testing.assert_close(first.detach(), second.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_old_entries_that_move_keep_their_age_and_state() -> None:
+    """Query heads grow inside their groups: old rows are not the first ones any more; twice, with columns beside."""
+    torch.manual_seed(0)
+    places, before = torch.tensor([0, 1, 4, 5]), torch.randn(4, 3, dtype=torch.float64)
+    once = WarmUp().extended(Moments(before, before.square(), 9.0), (8, 5), {0: places, 1: torch.arange(3)})
+    assert torch.equal(once.first[places, :3], before) and once.first.count_nonzero() == 12
+    assert once.births[0]["old"] == [[0, 1, 4, 5], 3]
+    again = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9])
+    twice = WarmUp().extended(once, (12, 5), {0: again})
+    assert torch.equal(twice.second[again[places], :3], before.square())
+    assert twice.births[0]["old"] == [[0, 1, 6, 7], 3] and twice.births[1]["old"] == [again.tolist(), 5]
+    large = parameter(12, 5)
+    start = large.detach().clone()
+    optimizer = GrownAdamW([large], **SETTINGS | {"weight_decay": 0.0, "eps": 1e-12})
+    optimizer.state[large] = {"exp_avg": twice.first, "exp_avg_sq": twice.second, "step": torch.tensor(twice.step)}
+    optimizer.state[large][BIRTHS] = list(twice.births)
+    large.grad = torch.ones_like(large)
+    optimizer.step()
+    moved = (large.detach() - start).abs() / SETTINGS["lr"]
+    fresh = torch.ones(12, 5, dtype=torch.bool)
+    fresh[again[places].unsqueeze(1), torch.arange(3)] = False
+    newest = fresh.clone()
+    newest[again] = False
+    torch.testing.assert_close(moved[newest], torch.full_like(moved[newest], warm_up_factor(twice.births[1], 1)))
+    assert (moved[fresh] <= 1.05).all() and fresh.sum() == 12 * 5 - 12

@@ -63,6 +63,13 @@ def test_views_of_weights() -> None:
     assert list(renamed.specs) == ["x", "y"] and torch.equal(renamed.read("y"), TENSORS["b"])
 
 
+def test_what_float16_cannot_hold_is_refused_by_name() -> None:
+    weights = Weights.of({"fits": torch.tensor([6e4]), "large": torch.tensor([1.0, -1e5])}).cast(torch.float16)
+    assert weights.read("fits").dtype == torch.float16
+    with pytest.raises(InputError, match=r"float16 cannot hold large, whose largest entry is 1e\+05"):
+        weights.read("large")
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
