@@ -42,6 +42,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, tokenizer_file: P
     Raises:
         InputError: neither kind; a damaged checkpoint; a model that is not supported; a tokenizer that does not fit.
     """
+    tokenizer_json: str | None
     if (path / MANIFEST).is_file():
         metadata, weights, tokenizer_json = read_metadata(path), open_weights(path), read_tokenizer_json(path)
         config = ModelConfig.from_dict(metadata["architecture"])
@@ -56,7 +57,15 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, tokenizer_file: P
             f"{path} holds no model: there is neither {MANIFEST} of a checkpoint in it, nor {HUGGING_FACE_CONFIG} of a "
             "Hugging Face model; give a directory such as RUN/checkpoints/step-… or a downloaded model's"
         )
-    tokenizer, begin_ids, end_ids = _text_side(path, metadata.get("origin"), tokenizer_json, tokenizer_file)
+    origin = metadata.get("origin") or {}
+    if tokenizer_file is not None:
+        tokenizer_json, origin = replace_tokenizer(tokenizer_file, config.vocab_size, tokenizer_json, origin)
+    tokenizer, begin_ids, end_ids = _text_side(
+        f"tokenizer of {path}" if tokenizer_file is None else f"tokenizer={tokenizer_file}",
+        origin,
+        tokenizer_json,
+        config.vocab_size,
+    )
     return LoadedModel(build_network(config, weights, dtype), tokenizer, metadata, begin_ids, end_ids)
 
 
@@ -68,22 +77,53 @@ def build_network(config: ModelConfig, weights: Weights, dtype: torch.dtype = to
     return network.eval()
 
 
+def replace_tokenizer(
+    path: Path, vocab_size: int, before: str | None, origin: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The text of a tokenizer.json to use instead of a model's own, and the origin that the model has with it.
+
+    Args:
+        path: the tokenizer.json.
+        vocab_size: that of the model.
+        before: text of the model's own tokenizer.json, if it has one.
+        origin: where the model came from; empty for a model that was trained here, as is then what is returned.
+
+    Raises:
+        InputError: no tokenizer.json, or one with ids outside the model's vocabulary.
+    """
+    from modules.hugging_face.tokenizer_files import largest_id, with_tokenizer
+
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"tokenizer={path} cannot be read as text ({error}); give a tokenizer.json") from None
+    largest = largest_id(text, f"tokenizer={path}")
+    if largest >= vocab_size:
+        raise InputError(
+            f"tokenizer={path} gives ids up to {largest}, and the model's vocabulary has {vocab_size} entries; "
+            "give the model's own tokenizer.json"
+        )
+    return text, with_tokenizer(origin, before, text, f"tokenizer={path}") if origin else {}
+
+
 def _text_side(
-    path: Path, origin: Mapping[str, Any] | None, tokenizer_json: str | None, tokenizer_file: Path | None
+    where: str, origin: Mapping[str, Any], tokenizer_json: str | None, vocab_size: int
 ) -> tuple[Tokenizer | None, list[int], list[int]]:
     """Tokenizer, begin tokens and end tokens: as the origin has them, or end-of-text for both."""
     begin_ids = list(origin["begin_ids"]) if origin else []
     end_ids = list(origin["end_ids"]) if origin else []
-    eos_id = next(iter([*end_ids, *begin_ids]), None)
-    if tokenizer_file is not None:
-        tokenizer = Tokenizer.load(tokenizer_file, eos_id)
-    elif tokenizer_json is not None:
-        try:
-            tokenizer = Tokenizer.from_json(tokenizer_json, eos_id)
-        except InputError as error:
-            raise InputError(f"tokenizer of {path}: {error}") from None
-    else:
+    if tokenizer_json is None:
         return None, begin_ids, end_ids
-    if origin:
-        return tokenizer, begin_ids, end_ids
-    return tokenizer, [tokenizer.eos_id], [tokenizer.eos_id]
+    outside = next((index for index in end_ids if not 0 <= index < vocab_size), None)
+    if outside is not None:
+        raise InputError(
+            f"{where}: end-of-text token {outside} is outside the model's vocabulary of {vocab_size}; "
+            "give the model's own tokenizer.json with --tokenizer FILE"
+        )
+    try:
+        eos_id = next(iter([*end_ids, *begin_ids]), None)
+        tokenizer = Tokenizer.from_json(tokenizer_json, eos_id, strict=not origin)
+        eos = [] if origin else [tokenizer.eos_id]
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return (tokenizer, begin_ids, end_ids) if origin else (tokenizer, eos, eos)

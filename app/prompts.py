@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from app.outputs import check_new_output
 from modules.errors import InputError
 from modules.files import sync_directory
 
@@ -64,14 +65,6 @@ def _prompt_of(line: str, where: str) -> str:
     return record["prompt"]
 
 
-def check_new_file(path: Path) -> None:
-    """Raise `InputError` where `path` cannot become a new file."""
-    if path.exists():
-        raise InputError(f"output={path} exists, and files are not overwritten; choose another name or move it")
-    if not path.parent.is_dir():
-        raise InputError(f"output={path} lies in a folder that does not exist; create {path.parent} first")
-
-
 @contextmanager
 def new_file(path: Path | None) -> Iterator[IO[str]]:
     """A file to write to, which has its name when it is whole; standard output when there is no path.
@@ -82,14 +75,14 @@ def new_file(path: Path | None) -> Iterator[IO[str]]:
     if path is None:
         yield sys.stdout
         return
-    check_new_file(path)
+    check_new_output(path)
     aside = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         with aside.open("x", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        check_new_file(path)
+        check_new_output(path)
         aside.rename(path)
         sync_directory(path.parent)
     finally:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 _NO_CHARACTER = "\ufffd"  # what decoders put for bytes that make no character, or not yet
+_LONGEST = 16  # tokens that wait to spell something; a character is four bytes at most
+_KEPT = 4  # of them, the first and the last so many stay
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -60,11 +62,14 @@ class TextStream:
 
 
 class _Speller:
-    """Tokens to text in whole characters, each read behind the tokens of the piece before it."""
+    """Tokens to text in whole characters, each read behind the tokens of the piece before it.
+
+    However long the prompt, and however many tokens spell nothing, only a few tokens are decoded at a time.
+    """
 
     def __init__(self, decode: Decode, prompt: Sequence[int]) -> None:
         self._decode = decode
-        self._before = list(prompt)
+        self._before = _spelling_end(decode, prompt)
         self._before_text = decode(self._before)
         self._new: list[int] = []
         self._num_spelled = 0
@@ -72,11 +77,42 @@ class _Speller:
     def add(self, token: int) -> str:
         """The text that the token finishes."""
         self._new.append(token)
-        text = self._decode([*self._before, *self._new])[len(self._before_text) :]
+        text = self._text()
         whole = text.rstrip(_NO_CHARACTER)
         piece = whole[self._num_spelled :].replace(_NO_CHARACTER, "")
         self._num_spelled = max(self._num_spelled, len(whole))
         if piece and whole == text:  # this piece is what the next one stands behind
             self._before, self._new, self._num_spelled = self._new, [], 0
             self._before_text = self._decode(self._before)
+        elif len(self._new) > _LONGEST:
+            del self._new[_KEPT:-_KEPT]
+            self._num_spelled = len(self._text().rstrip(_NO_CHARACTER))
         return piece
+
+    def _text(self) -> str:
+        return self._decode([*self._before, *self._new])[len(self._before_text) :]
+
+
+def _spelling_end(decode: Decode, prompt: Sequence[int]) -> list[int]:
+    """A few tokens from the end of a prompt behind which new ones read as behind all of it: some of them spell text."""
+
+    if len(prompt) <= _LONGEST:
+        return list(prompt)
+    nothing_else = decode(prompt).strip(_NO_CHARACTER) == ""  # stray bytes are then better than nothing
+
+    def spells(size: int) -> bool:
+        text = decode(prompt[-size:])
+        return bool(text if nothing_else else text.strip(_NO_CHARACTER))
+
+    size = _LONGEST
+    while size < len(prompt) and not spells(size):
+        size *= 2
+    if size == _LONGEST:
+        return list(prompt[-_LONGEST:])
+    nothing, size = size // 2, min(size, len(prompt))
+    while size - nothing > 1:
+        middle = (nothing + size) // 2
+        nothing, size = (nothing, middle) if spells(middle) else (middle, size)
+    tail = list(prompt[-size:])
+    del tail[_KEPT:-_KEPT]  # special tokens, or bytes that make no character
+    return tail

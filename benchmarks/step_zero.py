@@ -81,7 +81,8 @@ def main() -> None:
     """Grow by each method, and measure."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("checkpoint", type=Path)
-    flags.add_argument("--config", action="append", required=True, help="of `growmoe fit`, for the data")
+    about_data = "for `growmoe validate`: the data, without model.architecture"
+    flags.add_argument("--config", action="append", required=True, help=about_data)
     flags.add_argument("--ratio", type=float, default=2.0, help="of the widths")
     flags.add_argument("--layers", type=int, default=12)
     given = flags.parse_args()

@@ -12,13 +12,8 @@ import numpy as np
 import tokenizers
 
 from modules.errors import InputError
+from modules.hugging_face.special_tokens import BOS, END_OF_TEXT, EOS, PAD
 
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-# how others call the end of a text, what ends a whole document before what ends a turn of a chat
-_EOS_NAMES = (
-    *(EOS, "<|endoftext|>", "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"),
-    *("<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>", "<eos>"),
-)
 _NUM_RESERVED = 256 + 3  # every byte and the three special tokens
 
 # The split of GPT-4 and Llama 3, with runs of Han characters apart from other letters and from punctuation: a word of
@@ -36,7 +31,7 @@ _SPLIT = (
 class Tokenizer:
     """Text to token ids and back. Text produces no special tokens, also where it spells one, unless asked to."""
 
-    def __init__(self, text: str, eos_id: int | None = None) -> None:
+    def __init__(self, text: str, eos_id: int | None = None, *, strict: bool = True) -> None:
         """Builds the tokenizer from the text of a `tokenizer.json`; see `load`, `from_json` and `train_tokenizer`."""
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
@@ -47,7 +42,9 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self._inner.encode_special_tokens = True
-        self.eos_id = self._find_eos() if eos_id is None else self._check_eos(eos_id)
+        self._eos_id = self._find_eos() if eos_id is None else eos_id
+        if strict:
+            self._check_eos()
 
     @classmethod
     def load(cls, path: str | Path, eos_id: int | None = None) -> "Tokenizer":
@@ -68,18 +65,27 @@ class Tokenizer:
             raise InputError(f"tokenizer {path}: {error}") from None
 
     @classmethod
-    def from_json(cls, text: str, eos_id: int | None = None) -> "Tokenizer":
+    def from_json(cls, text: str, eos_id: int | None = None, *, strict: bool = True) -> "Tokenizer":
         """The tokenizer that `to_json` wrote, or another of the tokenizers library.
 
         Args:
             text: the content of a `tokenizer.json`.
             eos_id: the end-of-text token, where its name does not tell.
+            strict: refuse a tokenizer without end-of-text token, or with one outside its vocabulary. Models that were
+                trained elsewhere may do without, or have ids of their own: `eos_id` then refuses when it is asked for.
         """
-        return cls(text, eos_id)
+        return cls(text, eos_id, strict=strict)
 
     def to_json(self) -> str:
         """The text of the `tokenizer.json`, byte for byte as it was loaded or trained."""
         return self._text
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-text token; raises `InputError` where there is none."""
+        if self._eos_id is None:
+            raise InputError(f"no end-of-text token; the vocabulary needs one of {', '.join(END_OF_TEXT)}")
+        return self._eos_id
 
     @property
     def sha256(self) -> str:
@@ -133,20 +139,21 @@ class Tokenizer:
         """The text of token ids; special tokens are left out."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
-    def _check_eos(self, eos_id: int) -> int:
-        if not 0 <= eos_id < self.vocab_size:
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelled so, if there is one; `decode` leaves such tokens out."""
+        found = self._inner.get_added_tokens_decoder().items()
+        return next((index for index, added in found if added.special and added.content == text), None)
+
+    def _check_eos(self) -> None:
+        if not 0 <= self.eos_id < self.vocab_size:
             raise InputError(
-                f"end-of-text token {eos_id} is outside the tokenizer's vocabulary of {self.vocab_size}; "
+                f"end-of-text token {self.eos_id} is outside the tokenizer's vocabulary of {self.vocab_size}; "
                 "use the tokenizer that belongs to the model"
             )
-        return eos_id
 
-    def _find_eos(self) -> int:
-        for name in _EOS_NAMES:
-            index = self._inner.token_to_id(name)
-            if index is not None:
-                return index
-        raise InputError(f"no end-of-text token; the vocabulary needs one of {', '.join(_EOS_NAMES)}")
+    def _find_eos(self) -> int | None:
+        ids = (self._inner.token_to_id(name) for name in END_OF_TEXT)
+        return next((index for index in ids if index is not None), None)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, max_digits: int = 1) -> Tokenizer:

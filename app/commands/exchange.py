@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from app.outputs import check_new_output
 from modules.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ def import_(
     from modules.hugging_face import open_directory
 
     started = time.perf_counter()
-    if output.exists():
-        raise InputError(f"output={output} exists, and checkpoints are never overwritten; choose another name")
+    check_new_output(output)
     model = open_directory(source, family)
     tokenizer_json, origin = model.tokenizer_json, model.origin
     if tokenizer is not None:
-        tokenizer_json, begin_ids = _read_tokenizer(tokenizer, model.config.vocab_size)
-        origin = {**origin, "begin_ids": begin_ids}
+        from app.loading import replace_tokenizer
+
+        tokenizer_json, origin = replace_tokenizer(tokenizer, model.config.vocab_size, tokenizer_json, origin)
     weights = _cast(model.weights, dtype)
     architecture = model.config.to_dict()
     metadata = {
@@ -95,8 +96,7 @@ def export(
     started = time.perf_counter()
     max_shard_bytes = _bytes(max_shard_size)
     metadata = read_metadata(checkpoint)
-    if output.exists():
-        raise InputError(f"output={output} exists, and nothing is overwritten; choose another name")
+    check_new_output(output)
     weights = _cast(open_weights(checkpoint), dtype)
     written = write_directory(
         output,
@@ -114,23 +114,6 @@ def _cast(weights: "Weights", dtype: Dtype) -> "Weights":
     import torch
 
     return weights if dtype == "keep" else weights.cast(getattr(torch, dtype))
-
-
-def _read_tokenizer(path: Path, vocab_size: int) -> tuple[str, list[int]]:
-    """The text of a tokenizer.json that fits the model, and the ids that it puts in front of every text."""
-    from modules.hugging_face.tokenizer_files import begin_ids, largest_id
-
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"tokenizer={path} cannot be read as text ({error}); give a tokenizer.json") from None
-    largest = largest_id(text, f"tokenizer={path}")
-    if largest >= vocab_size:
-        raise InputError(
-            f"tokenizer={path} gives ids up to {largest}, and the model's vocabulary has {vocab_size} entries; "
-            "give the model's own tokenizer.json"
-        )
-    return text, begin_ids(text, f"tokenizer={path}")
 
 
 def _bytes(size: str) -> int:

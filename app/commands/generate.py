@@ -3,13 +3,14 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.device import choose_device
-from app.prompts import Prompt, check_new_file, new_file, read_prompts
+from app.outputs import check_new_output
+from app.prompts import Prompt, new_file, read_prompts
 from modules.errors import InputError, require_positive
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def generate(
         top_k: draw among so many of the likeliest tokens only.
         top_p: draw among the likeliest tokens that together reach this probability only.
         stop: end before this string. For several, write --stop A --stop+ B, or a list like '["\\n\\n", "Question:"]',
-            where escapes stand for line breaks; in a string by itself the shell makes them, as in $'\\n'.
+            where escapes stand for line breaks; in a string by itself the shell makes them, as in $'\\n'. One that is
+            a special token of the tokenizer, such as '<|im_end|>', ends the text where the model writes that token.
         seed: the same seed gives the same text. The first prompt of a file draws with it, the next with seed + 1, and
             so on, so that each is continued as it would be alone.
         special_tokens: take special tokens that a prompt spells, such as chat markup, as those tokens, not as text.
@@ -75,6 +77,7 @@ def generate(
     target = choose_device(device)
     model = load_model(path, getattr(torch, dtype), tokenizer)
     tasks = _encode(asked, model, settings, special_tokens)
+    model = _ending_at_special_tokens(model, stops)
     model.network.to(target)
     if prompts is None:
         _show(model, tasks[0], settings)
@@ -125,7 +128,7 @@ def _read_request(words: list[str], file: Path | None, output: Path | None) -> t
             raise InputError(f"output={output} is for a file of prompts; give --prompts FILE, or redirect with >")
         return Path(path), [Prompt(texts[0], "")]
     if output is not None:
-        check_new_file(output)
+        check_new_output(output)
     return Path(path), read_prompts(file)
 
 
@@ -145,6 +148,13 @@ def _encode(asked: list[Prompt], model: "LoadedModel", settings: _Settings, spec
             raise InputError(f"{prompt.where}{error}") from None
         tasks.append(_Task(prompt, ids, limit, settings.seed + index))
     return tasks
+
+
+def _ending_at_special_tokens(model: "LoadedModel", stops: tuple[str, ...]) -> "LoadedModel":
+    """The model, whose texts end also at the special tokens among the stop strings: decoding leaves these out."""
+    assert model.tokenizer is not None, "checked before"
+    found = [model.tokenizer.special_id(stop) for stop in stops]
+    return replace(model, end_ids=[*model.end_ids, *(index for index in found if index is not None)])
 
 
 def _show(model: "LoadedModel", task: _Task, settings: _Settings) -> None:

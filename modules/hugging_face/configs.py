@@ -17,7 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object; raises `InputError` when it does not."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); copy or download it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds {type(content).__name__} and not a JSON object; copy or download it again")

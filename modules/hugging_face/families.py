@@ -45,15 +45,15 @@ _COMMON: tuple[Entry, ...] = (
     Key("num_hidden_layers", "num_layers", int, lambda c: c.num_layers),
     Key("num_attention_heads", "num_heads", int, lambda c: c.num_heads),
     Key("tie_word_embeddings", "tie_embeddings", bool, lambda c: c.tie_embeddings, False),
-    Key("initializer_range", "init_std", float, lambda c: float(c.init_std), 0.02),
+    keys.init_std(),
 )
 _NORM_EPS = Key("rms_norm_eps", "norm_eps", float, lambda c: float(c.norm_eps), 1e-6)
 _NORM_EPS_5 = replace(_NORM_EPS, default=1e-5)
-_KV_HEADS = Key("num_key_value_heads", "num_kv_heads", int, lambda c: c.kv_heads)
+_KV_HEADS = Key("num_key_value_heads", "num_kv_heads", int, lambda c: c.kv_heads, null=None)
 _KV_HEADS_OR_ALL = replace(_KV_HEADS, default=None)
 _FFN = Key("intermediate_size", "ffn_dim", int, lambda c: c.ffn_size)
-_EXPERT_AS_FFN = Key("intermediate_size", "ffn_dim", int, lambda c: c.expert_size)
-_EXPERT = Key("moe_intermediate_size", "moe.expert_dim", int, lambda c: c.expert_size)
+_EXPERT_AS_FFN = Key("intermediate_size", "ffn_dim", int, lambda c: c.expert_size, multiple=8)
+_EXPERT = Key("moe_intermediate_size", "moe.expert_dim", int, lambda c: c.expert_size, multiple=8)
 _NO_QK_NORM = keys.always(qk_norm=False)
 _HEAD_NORM = keys.always(qk_norm=True, qk_norm_scope="head")
 _PROJECTION_NORM = keys.always(qk_norm=True, qk_norm_scope="projection")
@@ -199,10 +199,7 @@ FAMILIES = {
                 need.NO_NORM,
                 need.NO_QKV_BIAS,
                 need.NO_O_BIAS,
-                *need.SOFTMAX,
-                need.RENORMALISED,
-                need.NO_SHARED,
-                need.ALL_ROUTED,
+                *need.MIXTRAL_ROUTING,
             ),
             routed=True,
             aliases={".mlp.": ".block_sparse_moe."},
@@ -238,9 +235,7 @@ FAMILIES = {
                 need.normed("projection"),
                 need.PLAIN_HEADS,
                 need.O_WITH_QKV,
-                *need.SOFTMAX,
-                need.NO_SHARED,
-                need.ALL_ROUTED,
+                *need.OLMOE_ROUTING,
             ),
             routed=True,
         ),
@@ -270,10 +265,7 @@ FAMILIES = {
                 need.NO_NORM,
                 need.QKV_BIAS,
                 need.NO_O_BIAS,
-                *need.SOFTMAX,
-                need.RENORMALISED,
-                need.NO_SHARED,
-                need.ALL_ROUTED,
+                *need.MIXTRAL_ROUTING,
             ),
             routed=True,
             aliases={".mlp.": ".block_sparse_moe."},

@@ -11,6 +11,8 @@ Record = Mapping[str, Any]
 Fields = dict[str, Any]
 """Fields of `ModelConfig` by name; those of its `moe` begin with `moe.`"""
 REQUIRED: Any = object()
+_NULLS = {bool: False, list: [], dict: {}}
+"""What null means where nothing else is said: what Python takes for false."""
 _KIND_NAMES = {
     int: "an integer",
     float: "a number",
@@ -41,7 +43,9 @@ class Key:
         kind: the type that it must have.
         value: what is written.
         default: what a file without the key means.
+        null: what null means; left out, null is refused or, of a truth value, false.
         alias: another name that the key is read from.
+        multiple: what the number must be a multiple of.
     """
 
     theirs: str
@@ -49,12 +53,20 @@ class Key:
     kind: type
     value: Callable[[ModelConfig], Any]
     default: Any = REQUIRED
+    null: Any = REQUIRED
     alias: str = ""
+    multiple: int = 1
 
     def read(self, record: Record) -> Fields:
         """The field."""
         name = self.alias if self.alias and self.alias in record and self.theirs not in record else self.theirs
-        return {self.ours: lookup(record, name, self.kind, self.default)}
+        value = lookup(record, name, self.kind, self.default, null=self.null)
+        if self.multiple > 1 and value % self.multiple:
+            raise InputError(
+                f"{name}={value} is not a multiple of {self.multiple}, which growmoe needs of routed layers; "
+                "give a model with such sizes"
+            )
+        return {self.ours: value}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The key."""
@@ -77,17 +89,26 @@ class Rule:
         return self.written(config)
 
 
-def lookup(record: Record, key: str, kind: type, default: Any = REQUIRED) -> Any:
-    """The value of a key, checked; null counts as missing.
+def lookup(record: Record, key: str, kind: type, default: Any = REQUIRED, *, null: Any = REQUIRED) -> Any:
+    """The value of a key, checked.
+
+    Args:
+        record: the keys.
+        key: which one.
+        kind: the type that it must have.
+        default: what stands for a key that is absent.
+        null: what stands for null; left out, null is refused or, of truth values, lists and maps, false or empty.
 
     Raises:
-        InputError: another type, or missing without a default.
+        InputError: another type, or absent or null with nothing that stands for it.
     """
     value: Any = record.get(key)
     if value is None:
-        if default is REQUIRED:
-            raise InputError(f"{key} is missing, and {_KIND_NAMES[kind]} is needed; use the model's own config.json")
-        return default
+        found = default if key not in record else _NULLS.get(kind, REQUIRED) if null is REQUIRED else null
+        if found is REQUIRED:
+            state = "null" if key in record else "missing"
+            raise InputError(f"{key} is {state}, and {_KIND_NAMES[kind]} is needed; use the model's own config.json")
+        return found
     accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise InputError(f"{key}={value!r} is not {_KIND_NAMES[kind]}; correct it")
@@ -114,6 +135,17 @@ def refused(
     return Rule(read, lambda _: dict(writes or {}))
 
 
+def init_std() -> Rule:
+    """The spread of fresh weights; a file without it, or with 0 (no model of ours starts so), takes the default."""
+    key = "initializer_range"
+
+    def read(record: Record) -> Fields:
+        spread = lookup(record, key, float, 0.0, null=0.0)
+        return {"init_std": spread} if spread else {}
+
+    return Rule(read, lambda config: {key: float(config.init_std)})
+
+
 def attention_bias() -> Rule:
     """Biases on all four projections of attention, or on none."""
 
@@ -125,10 +157,10 @@ def attention_bias() -> Rule:
 
 
 def head_dim(default: int | None = None, *, always_written: bool = True) -> Rule:
-    """Channels of a head; without the key `default`, or the hidden size shared among the heads."""
+    """Channels of a head; without the key `default`, or the hidden size shared among the heads, which null means."""
 
     def read(record: Record) -> Fields:
-        return {"head_dim": lookup(record, "head_dim", int, default)}
+        return {"head_dim": lookup(record, "head_dim", int, default, null=None)}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         standard = config.dim == config.head_size * config.num_heads
@@ -141,14 +173,14 @@ def context(*, window_default: int | None = None, switch: str = "", windowed: bo
     """The longest sequence. With sliding windows of attention a model is exact only inside one: it is the limit then.
 
     Args:
-        window_default: the window of a file without the key.
+        window_default: the window of a file without the key; null means none.
         switch: a key that must be true for the window to count.
         windowed: whether the family has windows at all.
     """
 
     def read(record: Record) -> Fields:
         length = lookup(record, "max_position_embeddings", int)
-        window = lookup(record, "sliding_window", int, window_default) if windowed else None
+        window = lookup(record, "sliding_window", int, window_default, null=None) if windowed else None
         switched_off = switch and not lookup(record, switch, bool, False)
         kinds = lookup(record, "layer_types", list, [])
         if not window or switched_off or (kinds and "sliding_attention" not in kinds):
@@ -223,12 +255,13 @@ def rope(default_theta: float = 10000.0) -> Rule:
         if any(isinstance(value, dict) for value in found.values()):
             raise InputError("rope_parameters differ by kind of layer; growmoe has one rotary embedding for all layers")
         for place in (record, found):
-            if lookup(place, "partial_rotary_factor", float, 1.0) != 1.0:
+            if lookup(place, "partial_rotary_factor", float, 1.0, null=1.0) != 1.0:
                 raise InputError(
                     f"partial_rotary_factor={place['partial_rotary_factor']} turns a part of each head, and growmoe "
                     "turns all of it; give a model with 1.0"
                 )
-        theta = lookup(found, "rope_theta", float, lookup(record, "rope_theta", float, default_theta))
+        outer = lookup(record, "rope_theta", float, default_theta, null=default_theta)
+        theta = lookup(found, "rope_theta", float, outer, null=outer)
         return {"rope_theta": theta, "rope_scaling": _read_scaling(record, found)}
 
     def write(config: ModelConfig) -> dict[str, Any]:
@@ -252,8 +285,9 @@ def _read_scaling(record: Record, found: Record) -> RopeScaling | None:
             "these, or remove the scaling and stay inside the context that the model was trained on"
         )
     original = "original_max_position_embeddings"
-    before = lookup(found, original, int, lookup(record, "max_position_embeddings", int))
-    before = lookup(record, original, int, before)
+    before = lookup(record, "max_position_embeddings", int)
+    for place in (found, record):
+        before = lookup(place, original, int, before, null=before)
     factors = {name: lookup(found, name, float) for name in ("factor", "low_freq_factor", "high_freq_factor")}
     return RopeScaling("llama3", original_max_seq_len=before, **factors)
 

@@ -1,6 +1,5 @@
 """A directory in the format of Hugging Face as a model of ours. Everything is checked before a tensor is read."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.hugging_face.configs import find_family, read_config, read_json
 from modules.hugging_face.tensors import to_ours
-from modules.hugging_face.tokenizer_files import SIDE_FILES, TOKEN_IDS, begin_ids, end_ids
+from modules.hugging_face.tokenizer_files import SIDE_FILES, begin_ids, end_ids, special_ids
 from modules.weights import Spec, Weights, open_safetensors
 
 CONFIG, TOKENIZER, SINGLE, INDEX = "config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json"
@@ -59,15 +58,15 @@ def open_directory(path: Path, family: str | None = None) -> HuggingFaceModel:
     weights = to_ours(_open_weights(path), found, config, str(path))
     tokenizer_json = _read_text(path / TOKENIZER) if (path / TOKENIZER).is_file() else None
     files = {name: _read_text(path / name) for name in SIDE_FILES if (path / name).is_file()}
-    for name in files:
-        if name.endswith(".json"):
-            read_json(path / name)
+    read = {name: read_json(path / name) for name in files if name.endswith(".json")}
+    token_ids = special_ids(record, str(path / CONFIG))
+    generation = special_ids(read.get("generation_config.json", {}), str(path / "generation_config.json"))
     origin = {
         "family": found.name,
         "files": files,
         "begin_ids": [] if tokenizer_json is None else begin_ids(tokenizer_json, str(path / TOKENIZER)),
-        "end_ids": end_ids(json.loads(files.get("generation_config.json", "{}")), record),
-        "token_ids": {name: record.get(name) for name in TOKEN_IDS},
+        "end_ids": end_ids(generation, token_ids),
+        "token_ids": token_ids,
     }
     return HuggingFaceModel(found.name, config, weights, tokenizer_json, origin, tuple(_notes(config, record)))
 

@@ -76,18 +76,10 @@ def _token_files(
             tokenizer_json, ids = with_begin_token(tokenizer_json)
         files = own_files(tokenizer_json, ids, max_seq_len)
     else:
-        ids = dict(origin.get("token_ids") or _ids_of(origin))
+        ids = dict(origin["token_ids"])
         given = {name: ids[name] for name in TOKEN_IDS if ids.get(name) is not None}
         files = {"generation_config.json": dump(given), **origin["files"]}
     return files | ({} if tokenizer_json is None else {TOKENIZER: tokenizer_json}), ids
-
-
-def _ids_of(origin: Origin) -> dict[str, Any]:
-    begin, end = list(origin["begin_ids"]), list(origin["end_ids"])
-    return {
-        "bos_token_id": begin[0] if begin else None,
-        "eos_token_id": end[0] if len(end) == 1 else end or None,
-    }
 
 
 def _common_dtype(weights: Weights) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from app.commands.exchange import export, import_
-from datamodules.tokenizer import train_tokenizer
+from datamodules.tokenizer import Tokenizer, train_tokenizer
 from modules.config import ModelConfig, RopeScaling
 from modules.generation import complete
 from modules.hugging_face import open_directory, write_directory
@@ -270,11 +270,46 @@ def test_each_form_of_rotary_parameters_alone_is_read_alike(name: str, tmp_path:
 TEXTS = ("The quick fox, 12 dogs", "", "  你好,世界! \r\n x", "it spells <|eos|> and <s> </s>")
 
 
-def test_tokenizer_of_a_model_trained_here(tmp_path: Path) -> None:
+def foreign(name: str) -> Tokenizer:
+    """Ours with the special tokens and the post-processor of others."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import processors
+
+    special = {"llama 3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]}.get(name, ["<s>", "</s>", "<pad>"])
+    text = train_tokenizer(["The quick brown fox, 12 dogs.\n你好,世界!"] * 20, 320).to_json()
+    if name == "ours":
+        return Tokenizer.from_json(text)
+    for own, other in zip(("<|bos|>", "<|eos|>", "<|pad|>"), special, strict=True):
+        text = text.replace(own, other)
+    inner = Inner.from_str(text)
+    template = processors.TemplateProcessing(
+        single=f"{special[0]} $A", pair=f"{special[0]} $A {special[0]} $B", special_tokens=[(special[0], 0)]
+    )
+    level = processors.ByteLevel(trim_offsets=False)
+    inner.post_processor = {
+        "llama 3": processors.Sequence([level, template]),
+        "template": template,
+        "byte level": level,
+        "both": processors.Sequence([level, template]),
+        "nested": processors.Sequence([processors.Sequence([template, level]), template]),
+        "roberta": processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
+        "padded": template,
+    }[name]
+    if name == "padded":
+        inner.enable_padding(length=64, pad_id=2, pad_token="<pad>")
+        inner.enable_truncation(3)
+    return Tokenizer.from_json(inner.to_str())
+
+
+FOREIGN = ["ours", "llama 3", "template", "byte level", "both", "nested", "roberta", "padded"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_tokenizer_of_a_model_trained_here(name: str, tmp_path: Path) -> None:
     """Theirs puts one end-of-text token in front, as growmoe does, and splits and joins text as ours does."""
     from transformers import AutoTokenizer
 
-    ours = train_tokenizer(["The quick brown fox, 12 dogs.\n你好,世界!"] * 20, 320)
+    ours = foreign(name)
     config = replace(SMALL, vocab_size=ours.vocab_size)
     weights = Weights.of(randomized(config).state_dict())
     write_directory(tmp_path / "hf", config=config, weights=weights, tokenizer_json=ours.to_json(), origin=None)
@@ -283,7 +318,8 @@ def test_tokenizer_of_a_model_trained_here(tmp_path: Path) -> None:
         ids = theirs(text).input_ids
         assert ids == [ours.eos_id, *ours.encode(text)]
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.eos_id, 2)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.eos_id, ours.eos_id)
+    assert theirs.pad_token_id == (2 if name == "ours" else None)
     assert theirs.model_max_length == config.max_seq_len
     model = open_directory(tmp_path / "hf")
     assert (model.origin["begin_ids"], model.origin["end_ids"]) == ([ours.eos_id], [ours.eos_id])
@@ -291,14 +327,32 @@ def test_tokenizer_of_a_model_trained_here(tmp_path: Path) -> None:
     assert tree(tmp_path / "hf") == tree(tmp_path / "second")
 
 
+def test_another_tokenizer_of_an_imported_model_is_read_by_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = foreign("llama 3")
+    case = Case("llama", {"vocab_size": ours.vocab_size})
+    source = save(case, build(case), tmp_path / "hf")
+    (source / "tokenizer.json").write_text(foreign("template").to_json())
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}')
+    (tmp_path / "tokenizer.json").write_text(ours.to_json())
+    import_(source, output=tmp_path / "checkpoint", tokenizer=tmp_path / "tokenizer.json")
+    export(tmp_path / "checkpoint", output=tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        assert theirs(text).input_ids == [0, *ours.encode(text, special_tokens=True)]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+
+
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": True}, {"add_bos_token": False}], ids=str)
 @pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "<cls> <s> $A"])
 def test_begin_of_a_tokenizer_is_that_of_transformers(template: str, settings: dict, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import models, pre_tokenizers, processors
     from transformers import AutoTokenizer
 
     special = {"<s>": 1, "</s>": 2, "<cls>": 3}
-    inner = Tokenizer(models.WordLevel({"a": 0, "b": 4, "?": 5} | special, unk_token="?"))
+    inner = Inner(models.WordLevel({"a": 0, "b": 4, "?": 5} | special, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.add_special_tokens(list(special))
     inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(special.items()))

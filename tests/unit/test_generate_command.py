@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from app.checkpoint import write_checkpoint
@@ -344,6 +345,68 @@ def test_a_tokenizer_may_be_given(run: Run, refused: Run, reciter: Path, tokeniz
     assert "no tokenizer" in line and "--tokenizer FILE" in line
 
 
+def letters(special: list[str], begin: str = "") -> tokenizers.Tokenizer:
+    """a, b and c, and special tokens behind them, of which one may stand in front of every text."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "c": 2}, []))
+    inner.decoder = tokenizers.decoders.Fuse()
+    inner.add_special_tokens(special)
+    if begin:
+        template = {"single": f"{begin} $A", "special_tokens": [(begin, inner.token_to_id(begin))]}
+        inner.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    return inner
+
+
+def test_a_given_tokenizer_brings_its_begin_and_end(run: Run, refused: Run, tmp_path: Path) -> None:
+    """Also where the model came from elsewhere with a tokenizer of its own."""
+    network = reciting_network(8, [6, 0, 1, 5, 2])
+    origin = {"family": "llama", "files": {}, "begin_ids": [3], "end_ids": [4]}
+    path = save(tmp_path / "model", network, letters(["<s>", "</s>"], "<s>").to_str(), origin=origin)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(letters(["<x>", "<y>", "</s>", "<b>"], "<b>").to_str(), encoding="utf-8")
+    model = load_model(path, tokenizer_file=file)
+    assert (model.begin_ids, model.end_ids) == ([6], [5])
+    assert run(path, "", "--tokenizer", file, "--temperature", 0) == "ab\n"
+    file.write_text(letters(["<s>", "</s>", *"123456"]).to_str(), encoding="utf-8")
+    line = refused(path, "a", "--tokenizer", file)
+    assert "gives ids up to 10, and the model's vocabulary has 8 entries" in line
+
+
+@pytest.mark.parametrize(
+    ("special", "end_ids", "shown"),
+    [
+        (["<b>"], [], "abcabc"),  # only length ends it
+        (["<b>"], [2], "ab"),
+        (["</s>"], [], "abcabc"),  # a name is no reason to end what its model does not end
+        (["</s>"], [7, 2], "ab"),  # 7 is a token of the model, and none of the tokenizer
+    ],
+)
+def test_a_model_from_elsewhere_needs_no_end_of_text(
+    run: Run, tmp_path: Path, special: list[str], end_ids: list[int], shown: str
+) -> None:
+    network = reciting_network(8, [0, 1, 2])
+    network.head.weight.data[0, 2] = 1.0
+    origin = {"family": "llama", "files": {}, "begin_ids": [], "end_ids": end_ids}
+    path = save(tmp_path / "model", network, letters(special).to_str(), origin=origin)
+    assert run(path, "c", "--temperature", 0, "--max_new_tokens", 6) == shown + "\n"
+    assert run(path, "a", "--temperature", 0, "--max_new_tokens", 1) == "b\n"
+
+
+def test_a_model_trained_here_needs_an_end_of_text(refused: Run, tmp_path: Path) -> None:
+    path = save(tmp_path / "model", random_network(8), letters(["<b>"]).to_str())
+    assert "no end-of-text token; the vocabulary needs one of" in refused(path, "a")
+
+
+def test_a_stop_string_may_be_a_special_token(run: Run, tmp_path: Path) -> None:
+    network = reciting_network(8, [0, 1, 5, 2, 3])
+    text = letters(["</s>", "<x>", "<|im_end|>"]).to_str()
+    path = save(tmp_path / "model", network, text)
+    assert run(path, "a", "--temperature", 0) == "bc\n"
+    assert run(path, "a", "--temperature", 0, "--stop", "<|im_end|>") == "b\n"
+    assert run(path, "a", "--temperature", 0, "--stop", "c", "--stop+", "<|im_end|>") == "b\n"
+    assert run(path, "a", "--temperature", 0, "--stop", "<|im_end|>c") == "bc\n"  # more than the token
+    assert run(path, "a", "--temperature", 0, "--stop", "<x>") == "bc\n"
+
+
 # -- wrong input -------------------------------------------------------------------------------------------------------
 
 
@@ -354,7 +417,7 @@ def test_a_tokenizer_may_be_given(run: Run, refused: Run, reciter: Path, tokeniz
         (["fox", "--prompts", "PROMPTS"], "both given"),
         (["the", "fox"], "'fox' is the second); put quotes around a prompt"),
         (["fox", "--output", "out.jsonl"], "output=out.jsonl is for a file of prompts"),
-        (["--prompts", "PROMPTS", "--output", "PROMPTS"], "exists, and files are not overwritten"),
+        (["--prompts", "PROMPTS", "--output", "PROMPTS"], "exists, and nothing is ever overwritten"),
         (["--prompts", "PROMPTS", "--output", "no/such/out.jsonl"], "folder that does not exist; create no/such first"),
         (["--prompts", "nowhere.txt"], "nowhere.txt cannot be read: No such file"),
         (["--prompts", "nowhere.csv"], "neither .txt nor .jsonl"),
@@ -385,6 +448,7 @@ def test_wrong_arguments(refused: Run, checkpoint: Path, prompt_file: Path, argu
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', "p.jsonl line 2: not JSON"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"text": "b"}\n', 'p.jsonl line 3: \'{"text": "b"}\' is no object'),
         ("p.jsonl", b'{"prompt": 7}', "p.jsonl line 1: "),
+        pytest.param("p.jsonl", b"\n" + b"[" * 100_000 + b"]" * 100_000, "p.jsonl line 2: not JSON", id="deep"),
         ("p.jsonl", b'["prompt"]', "p.jsonl line 1: "),
         ("p.jsonl", b'{"prompt": "\\ud800"}', "p.jsonl line 1: the prompt holds '\\ud800'"),
         ("p.txt", b"fox\n\n" + b"fox " * 80, "p.txt line 3: a prompt of 83 tokens"),
@@ -403,12 +467,14 @@ def test_wrong_models(refused: Run, checkpoint: Path, tokenizer: Tokenizer, tmp_
     other = train_tokenizer(["the quick fox jumps over the lazy dog zebra"] * 5, 400)
     (tmp_path / "tokenizer.json").write_text(other.to_json(), encoding="utf-8")
     path = save(tmp_path / "small", random_network(270), None)
-    assert "outside the model's vocabulary of 270" in refused(
+    assert "the model's vocabulary has 270 entries" in refused(
         path, "the fox", "--tokenizer", tmp_path / "tokenizer.json"
     )
+    path = save(tmp_path / "larger", random_network(270), other.to_json())
+    assert "outside the model's vocabulary of 270" in refused(path, "the fox")
     origin = {"begin_ids": [], "end_ids": [5000]}
     path = save(tmp_path / "foreign", random_network(270), other.to_json(), origin=origin)
-    assert "foreign: end-of-text token 5000 is outside the tokenizer's vocabulary" in refused(path, "the fox")
+    assert "foreign: end-of-text token 5000 is outside the model's vocabulary of 270" in refused(path, "the fox")
 
 
 def test_unusable_device_is_an_input_error() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,12 +19,13 @@ from torch import Tensor
 
 from app.checkpoint import open_weights, read_metadata, read_tokenizer_json
 from app.commands import exchange
-from datamodules.tokenizer import train_tokenizer
+from datamodules.tokenizer import Tokenizer, train_tokenizer
 from modules.config import ModelConfig, RopeScaling
 from modules.errors import InputError
 from modules.hugging_face import FAMILIES, HuggingFaceModel, open_directory, write_directory
 from modules.hugging_face.configs import failing, read_config
 from modules.hugging_face.layout import pieces
+from modules.hugging_face.special_tokens import END_OF_TEXT
 from modules.hugging_face.tensors import to_theirs
 from modules.layers.transformer import Transformer
 from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
@@ -276,7 +278,7 @@ def test_published_models_have_their_number_of_parameters(
 
 def test_origin_stays_when_it_expresses_the_model(tmp_path: Path) -> None:
     def written(config: ModelConfig, origin: str, name: str) -> str:
-        source = {"family": origin, "files": {}, "begin_ids": [], "end_ids": []}
+        source = {"family": origin, "files": {}, "begin_ids": [], "end_ids": [], "token_ids": {}}
         parts = {"config": config, "weights": weights_of(config), "tokenizer_json": None, "origin": source}
         return write_directory(tmp_path / name, **parts)
 
@@ -395,6 +397,14 @@ BAD_KEYS = {
         "max_position_embeddings is missing",
     ),
     "heads": ("llama", {"num_key_value_heads": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
+    "null": ("llama", {"rms_norm_eps": None}, "rms_norm_eps is null, and a number is needed"),
+    "end of text": ("llama", {"eos_token_id": "x"}, "eos_token_id='x' is no token id, nor a list of them"),
+    "narrow experts": ("qwen3_moe", {"moe_intermediate_size": 12}, "moe_intermediate_size=12 is not a multiple of 8"),
+    "narrow experts of mixtral": (
+        "mixtral",
+        {"intermediate_size": 12},
+        "intermediate_size=12 is not a multiple .*give",
+    ),
 }
 
 
@@ -432,6 +442,9 @@ def test_no_directory_and_no_config(tmp_path: Path) -> None:
         ("mistral", {"sliding_window": 32}, 32),
         ("mistral", {"sliding_window": 4096}, None),
         ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, 4096),
+        ("mistral", {"sliding_window": None, "max_position_embeddings": 32768}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_position_embeddings": 32768}, None),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": ..., "max_position_embeddings": 32768}, 4096),
         ("mixtral", {"sliding_window": 16}, 16),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 24}, 24),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 24}, None),
@@ -446,6 +459,51 @@ def test_a_window_is_the_limit_and_is_told(family: str, changes: dict[str, Any],
     longest = changes.get("max_position_embeddings", 64)
     assert model.config.max_seq_len == (window or longest)
     assert len(model.notes) == (window is not None) and all(f"instead of {longest}" in note for note in model.notes)
+
+
+def test_null_for_no_window_is_written_and_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "hf", "mistral", replace(DENSE, max_seq_len=32768))
+    assert json.loads((path / "config.json").read_text())["sliding_window"] is None
+    model = open_directory(path)
+    assert model.config.max_seq_len == 32768 and not model.notes
+    write_directory(
+        tmp_path / "2", config=model.config, weights=model.weights, tokenizer_json=None, origin=model.origin
+    )
+    assert (tmp_path / "2" / "config.json").read_text() == (path / "config.json").read_text()
+    assert open_directory(tmp_path / "2").config == model.config
+
+
+@BY_FAMILY
+def test_null_key_value_heads_are_as_many_as_heads(family: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "hf", family, replace(EXAMPLES[family], num_kv_heads=None))
+    edit(path, num_key_value_heads=None)
+    assert open_directory(path).config.kv_heads == 4
+
+
+def test_null_is_false_for_a_truth_value_and_not_its_default(tmp_path: Path) -> None:
+    path = write(tmp_path / "hf", "qwen2_moe", replace(EXAMPLES["qwen2_moe"], qkv_bias=True))
+    edit_tensors(path, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(".bias")])
+    edit(path, qkv_bias=None)
+    assert not open_directory(path).config.qkv_bias
+
+
+@pytest.mark.parametrize("spread", [0, 0.0, None, ...])
+def test_a_file_without_a_spread_of_fresh_weights_takes_ours(spread: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "hf", "llama")
+    edit(path, initializer_range=spread)
+    assert open_directory(path).config.init_std == DENSE.init_std
+    edit(path, initializer_range=0.5)
+    assert open_directory(path).config.init_std == 0.5
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_deeply_nested_json_is_refused(name: str, tmp_path: Path) -> None:
+    path = sharded(tmp_path / "hf")
+    (path / name).write_text(f'{{"x": {DEEP}}}')
+    assert f"{name} cannot be read as JSON" in refusal(path)
 
 
 # -- weights that are wrong --------------------------------------------------------------------------------------------
@@ -621,6 +679,34 @@ def test_files_of_the_origin_are_written_back(tmp_path: Path) -> None:
     assert open_directory(source).origin["end_ids"] == [4]
 
 
+@pytest.mark.parametrize("ids", ["x", 1.5, True, [1, None], {"a": 1}])
+def test_ids_of_generation_are_numbers(ids: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "hf", "llama")
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    assert "generation_config.json: eos_token_id=" in refusal(path)
+
+
+def test_a_tokenizer_without_end_of_text_is_not_exported(tmp_path: Path) -> None:
+    text = foreign_tokenizer(["<begin>"]).to_str()
+    with pytest.raises(InputError, match="has no end-of-text token"):
+        write(tmp_path / "hf", "llama", tokenizer_json=text)
+    assert not list(tmp_path.iterdir())
+    source = {"family": "llama", "files": {}, "begin_ids": [], "end_ids": [], "token_ids": {}}
+    write(tmp_path / "hf", "llama", tokenizer_json=text, origin=source)  # of an imported model it may be so
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == text
+
+
+@pytest.mark.parametrize("name", END_OF_TEXT)
+def test_every_name_of_an_end_is_written(name: str, tmp_path: Path) -> None:
+    inner = foreign_tokenizer([name])
+    path = write(tmp_path / "hf", "llama", tokenizer_json=inner.to_str())
+    end = inner.token_to_id(name)
+    record = json.loads((path / "config.json").read_text())
+    assert record["bos_token_id"] == record["eos_token_id"] == end == Tokenizer.from_json(inner.to_str()).eos_id
+    origin = open_directory(path).origin
+    assert origin["begin_ids"] == origin["end_ids"] == [end]
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_broken_files_beside_the_model_are_refused(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "hf", "llama", tokenizer_json=train_tokenizer(["text"], 270).to_json())
@@ -663,13 +749,81 @@ def test_import_takes_a_tokenizer(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("size", ["", "5", "five GB", "-1GB", "0GB", "5 XB", "1e3MB"])
+def foreign_tokenizer(special: list[str], begin: str = "", words: str = "ab") -> tokenizers.Tokenizer:
+    """Letters and special tokens, and one of these in front of every text."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    inner.add_special_tokens(special)
+    if begin:
+        template = {"single": f"{begin} $A", "special_tokens": [(begin, inner.token_to_id(begin))]}
+        inner.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    return inner
+
+
+OLD = foreign_tokenizer(["<s>", "</s>", "<pad>", "<|im_end|>"], "<s>")  # 2, 3, 4, 5
+GENERATION = {"bos_token_id": 2, "eos_token_id": [3, 5], "pad_token_id": 4, "temperature": 0.6}
+NEW = {
+    "its names": (foreign_tokenizer(["<pad>", "<|im_end|>", "</s>", "<s>"], "<s>"), [5], [4, 3], (5, [4, 3], 2)),
+    "one of its names": (foreign_tokenizer(["<|im_end|>", "<b>"], "<b>"), [3], [2], (3, 2, None)),
+    "other names": (foreign_tokenizer(["<b>", "<|eot_id|>", "<|pad|>"]), [], [3], (None, 3, 4)),
+    "no names": (foreign_tokenizer(["<b>"]), [], [], (None, None, None)),
+    "the same ids": (foreign_tokenizer(["<s>", "</s>", "<pad>", "<|im_end|>", "<x>"]), [], [3, 5], (2, [3, 5], 4)),
+}
+"""Another tokenizer, and with it begin and end ids, and ids of begin, end and padding in config.json."""
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_another_tokenizer_brings_its_own_ids(name: str, tmp_path: Path) -> None:
+    inner, begin, end, ids = NEW[name]
+    source = write(tmp_path / "hf", "llama", tokenizer_json=OLD.to_str())
+    edit(source, bos_token_id=2, eos_token_id=3, pad_token_id=4)
+    texts = {"generation_config.json": json.dumps(GENERATION), "chat_template.jinja": "{{ old }}"}
+    for file, text in (texts | dict.fromkeys(("tokenizer_config.json", "added_tokens.json"), '{"old": 1}')).items():
+        (source / file).write_text(text)
+    (tmp_path / "new.json").write_text(inner.to_str())
+    exchange.import_(source, output=tmp_path / "checkpoint", tokenizer=tmp_path / "new.json")
+    exchange.export(tmp_path / "checkpoint", output=tmp_path / "out")
+    for origin in (read_metadata(tmp_path / "checkpoint")["origin"], open_directory(tmp_path / "out").origin):
+        assert (origin["begin_ids"], origin["end_ids"]) == (begin, end)
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (record["bos_token_id"], record["eos_token_id"], record["pad_token_id"]) == ids
+    assert (
+        not (tmp_path / "out" / "chat_template.jinja").exists()
+        and not (tmp_path / "out" / "added_tokens.json").exists()
+    )
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "old" not in settings and settings.get("bos_token") == (
+        None if ids[0] is None else inner.id_to_token(ids[0])
+    )
+    kept = (tmp_path / "out" / "generation_config.json").read_text() == json.dumps(GENERATION)
+    assert kept == (name == "the same ids")
+
+
+@pytest.mark.parametrize(
+    ("special", "end", "kept"),
+    [
+        (["<s>", "<|end_of_text|>", "<pad>", "<|eot_id|>"], [3, 5], True),  # the model's own: its ids are called so
+        (["<s>", "<pad>", "<|eot_id|>", "<x>"], [4], False),
+    ],
+)
+def test_a_tokenizer_for_a_model_that_had_none(special: list[str], end: list[int], kept: bool, tmp_path: Path) -> None:
+    source = write(tmp_path / "hf", "llama")
+    (source / "generation_config.json").write_text(json.dumps(GENERATION))
+    (tmp_path / "new.json").write_text(foreign_tokenizer(special).to_str())
+    exchange.import_(source, output=tmp_path / "checkpoint", tokenizer=tmp_path / "new.json")
+    origin = read_metadata(tmp_path / "checkpoint")["origin"]
+    assert origin["end_ids"] == end and ("generation_config.json" in origin["files"]) == kept
+
+
+@pytest.mark.parametrize(
+    "size", ["", "5", "five GB", "-1GB", "0GB", "5 XB", "1e3MB", "9" * 400 + "GB", "9" * 300 + "TB"]
+)
 def test_sizes_that_are_none(size: str, tmp_path: Path) -> None:
     if size == "5":
         assert exchange._bytes(size) == 5
         return
-    with pytest.raises(InputError, match="is not a size"):
+    with pytest.raises(InputError, match="is not a size") as caught:
         exchange.export(tmp_path, output=tmp_path / "out", max_shard_size=size)
+    assert len(str(caught.value)) < 150
 
 
 def test_sizes() -> None:
@@ -679,10 +833,10 @@ def test_sizes() -> None:
 def test_commands_overwrite_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "hf", "llama")
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match="never overwritten"):
+    with pytest.raises(InputError, match="nothing is ever overwritten"):
         exchange.import_(source, output=tmp_path / "there")
     exchange.import_(source, output=tmp_path / "checkpoint")
-    with pytest.raises(InputError, match="nothing is overwritten"):
+    with pytest.raises(InputError, match="nothing is ever overwritten"):
         exchange.export(tmp_path / "checkpoint", output=tmp_path / "there")
     with pytest.raises(InputError, match="is not a checkpoint"):
         exchange.export(source, output=tmp_path / "new")

@@ -123,6 +123,53 @@ def test_stray_bytes_do_not_take_their_neighbours_with_them() -> None:
     assert "".join(stream(tokenizer, [*character, character[1], *fox], tokenizer.encode("the"))) == "🌏 fox"
 
 
+@pytest.mark.parametrize("kind", SENTENCE_PIECE_LIKE)
+def test_what_spells_nothing_changes_nothing_around_it(kind: str) -> None:
+    """Many special tokens in the prompt's end, in front of the first word, and between words."""
+    tokenizer = sentence_piece_like(kind)
+    fox, world = tokenizer.encode("fox"), tokenizer.encode("世🌏界")
+    for count in (1, 7, 15, 16, 17, 40, 1000):
+        silence = [2] * count
+        assert "".join(stream(tokenizer, fox, [1, *world, *silence])) == " fox"
+        assert "".join(stream(tokenizer, fox, silence)) == "fox"
+        assert "".join(stream(tokenizer, fox, [*silence, 3 + 0x80, *silence])) == " fox"  # behind a stray byte
+        assert "".join(stream(tokenizer, [*silence, *fox, *silence, *world, *silence, *fox], fox)) == " fox 世🌏界 fox"
+
+
+def test_characters_are_whole_behind_many_stray_bytes(byte_tokenizer: Tokenizer) -> None:
+    character, fox = byte_tokenizer.encode("🌏"), byte_tokenizer.encode(" fox")
+    assert len(character) == 4
+    for count in range(12, 30):
+        stray = [character[1]] * count
+        assert "".join(stream(byte_tokenizer, [*fox, *stray, *character, *stray, *fox], fox)) == " fox🌏 fox"
+    parts = [b"\xb8\x96\xe4", b"x"]  # never whole: the end of one character, and the beginning of the next
+    made = TextStream(lambda ids: b"".join(parts[i] for i in ids).decode(errors="replace"))
+    for token in [0] * 50 + [1]:
+        made.add(token)
+    assert made.close() == b"\xe4\xb8\x96".decode() * 49 + "x"
+
+
+@pytest.mark.parametrize("spelled", ["", "\ufffd"])
+def test_only_a_few_tokens_are_decoded_at_a_time(spelled: str) -> None:
+    """For special tokens as for bytes that make no character, behind a long prompt and a prompt of such tokens."""
+    words, sizes = ["the ", spelled], list[int]()
+
+    def decode(ids: Sequence[int]) -> str:
+        sizes.append(len(ids))
+        return "".join(words[i] for i in ids)
+
+    for prompt in ([0] * 20_000, [0, *[1] * 20_000], [1] * 20_000):
+        sizes.clear()
+        made = TextStream(decode, prompt)
+        assert sum(sizes) < 20 * len(prompt)
+        sizes.clear()
+        for _ in range(20_000):
+            made.add(1)
+        made.add(0)
+        assert max(sizes) <= 40 and len(sizes) <= 2.1 * 20_000
+        assert made.close() == "the "
+
+
 # -- stop strings ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """Tokenizers: round trips in both languages, bytes per token, special tokens, and wrong files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,27 @@ def test_end_of_text_may_be_given_where_its_name_says_nothing(tmp_path: Path) ->
     for wrong in (-1, 3):
         with pytest.raises(InputError, match=f"end-of-text token {wrong} is outside .* vocabulary of 3"):
             Tokenizer.from_json(text, eos_id=wrong)
+
+
+def test_end_of_text_may_be_missing_where_it_is_not_needed() -> None:
+    text = _sentence_piece_like({"a": 0}, ("<stop>",))
+    loaded = Tokenizer.from_json(text, strict=False)
+    assert loaded.encode("a") == [0]
+    with pytest.raises(InputError, match="no end-of-text token; the vocabulary needs one of"):
+        _ = loaded.eos_id
+    with pytest.raises(InputError, match="no end-of-text token"):
+        Tokenizer.from_json(text)
+    assert Tokenizer.from_json(text, eos_id=7, strict=False).eos_id == 7
+
+
+def test_special_tokens_by_their_text(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.special_id(text) for text in ("<|eos|>", "<|eos|> ", "a", "")] == [1, None, None, None]
+
+
+def test_tokenizers_come_without_torch() -> None:
+    """Every process that prepares data would load it."""
+    script = "import sys, datamodules.tokenizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_bytes_of_a_vocabulary_that_is_not_byte_level() -> None:
