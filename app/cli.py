@@ -4,9 +4,11 @@ import importlib
 import inspect
 import keyword
 import os
+import re
 import signal
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -88,7 +90,7 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
     function = getattr(module, f"{verb}_" if keyword.iskeyword(verb) else verb)
     parser = OneLineParser(prog=f"growmoe {verb}", description=COMMANDS[verb])
     _add_signature(parser, function)
-    config = parser.parse_args(list(arguments))
+    config = parser.parse_args(_options_first(parser, arguments))
     function(**vars(parser.instantiate_classes(config)))
 
 
@@ -112,6 +114,29 @@ def _add_signature(parser: "OneLineParser", function: Callable[..., None]) -> No
     done = lists | set(switches)
     parser.add_function_arguments(function, skip=options | done, as_positional=True)
     parser.add_function_arguments(function, as_group=False, skip=singles | done)
+
+
+def _options_first(parser: "OneLineParser", arguments: Sequence[str]) -> list[str]:
+    """The same command line with its options in front: argparse takes words between options for one group only. Behind
+    `--` everything is a word, also what begins with a dash."""
+    options: list[str] = []
+    words: list[str] = []
+    rest = deque(arguments)
+    while rest:
+        word = rest.popleft()
+        if word == "--":
+            words += rest
+            break
+        if not re.match(r"--?[a-zA-Z][^\s=]*(=|$)", word):  # "- a list" and -5 are words
+            words.append(word)
+            continue
+        options.append(word)
+        action = parser._option_string_actions.get(word)  # None: unknown, or written with its value as --name=value
+        is_switch = action is not None and action.nargs == "?"
+        takes_next = action is not None and action.nargs is None
+        if rest and (takes_next or (is_switch and rest[0].lower() in ("true", "false"))):
+            options.append(rest.popleft())
+    return [*options, "--", *words] if words else options
 
 
 def _described(function: Callable[..., None], name: str) -> str:
