@@ -16,13 +16,12 @@ import json
 import platform
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import InputError
-from modules.files import sync_directory, sync_file
+from modules.files import whole_directory
 
 if TYPE_CHECKING:
     from modules.weights import Weights
@@ -61,9 +60,7 @@ def write_checkpoint(
 
     if path.exists():
         raise FileExistsError(f"checkpoint {path} exists already, and checkpoints are never overwritten")
-    aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
-    try:
+    with whole_directory(path) as aside:
         write_safetensors(aside / WEIGHTS, weights)
         if state is not None:
             with (aside / STATE).open("wb") as file:
@@ -73,14 +70,6 @@ def write_checkpoint(
         files = {file.name: _fingerprint(file) for file in sorted(aside.iterdir())}
         manifest = {"format_version": FORMAT_VERSION, "files": files, "metadata": dict(metadata)}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        for name in (*files, MANIFEST):
-            sync_file(aside / name)
-        sync_directory(aside)
-        aside.rename(path)
-        sync_directory(path.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def split_state(checkpoint: Mapping[str, Any]) -> tuple["Weights", dict[str, Any]]:

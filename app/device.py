@@ -16,7 +16,7 @@ def choose_device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
-    except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, depending on what is missing
+    except Exception as error:  # torch raises several kinds, depending on what is missing
         reason = str(error).splitlines()[0]
         raise InputError(f"device={name!r} cannot be used here ({reason}); use cpu, or leave it out") from None
     return torch.device(name)

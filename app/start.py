@@ -34,8 +34,8 @@ def start_from(path: Path, model: LanguageModel, datamodule: TextDataModule) -> 
     origin = record.get("origin")
     if origin is not None and origin["begin_ids"] != [datamodule.tokenizer.eos_id]:
         sys.stderr.write(
-            f"growmoe: texts of {path} began with the tokens {origin['begin_ids']}; documents of the data begin with "
-            f"end-of-text ({datamodule.tokenizer.eos_id})\n"
+            f"growmoe: texts of {path} began with {origin['begin_ids'] or 'no special token'}; documents of the data "
+            f"begin with end-of-text ({datamodule.tokenizer.eos_id})\n"
         )
 
 

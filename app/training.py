@@ -166,11 +166,7 @@ class TrainingCLI(LightningCLI):
                 "validate without --ckpt_path would measure random weights; give a checkpoint directory or auto, or "
                 "--model.start_from an imported model"
             )
-        folder = Path(self.trainer.default_root_dir) / "checkpoints"
-        chosen = store.newest_valid(folder)[0] if requested == "auto" else Path(requested)
-        if chosen is None:
-            raise InputError(f"--ckpt_path auto finds no valid checkpoint in {folder}; give a checkpoint directory")
-        self._restore_shape(chosen)
+        self._restore_shape(self._named_checkpoint(requested))
         self._check_data()
 
     def after_validate(self) -> None:
@@ -183,12 +179,23 @@ class TrainingCLI(LightningCLI):
     def plan(self) -> list[PlannedStage]:
         """The stages that `fit` would go through, after all checks that need no data."""
         max_steps = self._checked_steps()
-        if self.model.start_from is not None:
+        requested = self._get(self.config_init, "ckpt_path")
+        if requested is not None:
+            self._restore_shape(self._named_checkpoint(requested))
+        elif self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
         architectures = self._check_recipe()
         return plan_stages(architectures, self.growth.stages, max_steps, self._tokens_per_step, self.datamodule.seq_len)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _named_checkpoint(self, requested: str) -> Path:
+        """The checkpoint that `--ckpt_path` names, where nothing will be written beside it."""
+        folder = Path(self.trainer.default_root_dir) / "checkpoints"
+        chosen = store.newest_valid(folder)[0] if requested == "auto" else Path(requested)
+        if chosen is None:
+            raise InputError(f"--ckpt_path auto finds no valid checkpoint in {folder}; give a checkpoint directory")
+        return chosen
 
     @property
     def _tokens_per_step(self) -> int:

@@ -14,7 +14,7 @@ from modules.language_model import LanguageModel
 
 
 class Checkpointing(Checkpoint):
-    """Saves `checkpoints/step-XXXXXXXX` regularly, at the end, at a signal to stop, and on both sides of a transition.
+    """Saves `checkpoints/step-NNNNNNNN` regularly, at the end, at a signal to stop, and on both sides of a transition.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.

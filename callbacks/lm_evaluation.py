@@ -20,7 +20,7 @@ from modules.language_model import LanguageModel, log_metrics
 class LMEvaluation(pl.Callback):
     """Evaluates lm-eval tasks between optimizer steps, at the start, at the end, and behind transitions.
 
-    Results go to `<default_root_dir>/eval/step-XXXXXXXX.json` and, as `eval/<task>`, to the loggers. Training with and
+    Results go to `<default_root_dir>/eval/step-NNNNNNNN.json` and, as `eval/<task>`, to the loggers. Training with and
     without evaluation is bit-equal: random state and training mode are restored, and gradients are not touched. A task
     that fails gives a warning, and training goes on; a task that cannot be loaded is an `InputError` before it begins.
 

@@ -1,7 +1,10 @@
 """Files that a crash cannot tear: written beside their name, brought to the disk, then renamed."""
 
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -20,6 +23,24 @@ def replace_file(path: Path, data: bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+@contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory that is complete or not there: yields one beside `path` to fill, brings it to the disk, and renames
+    it. Where filling it fails nothing stays."""
+    aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in sorted(aside.iterdir()):
+            sync_file(file)
+        sync_directory(aside)
+        aside.rename(path)
+        sync_directory(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def sync_file(path: Path) -> None:

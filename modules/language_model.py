@@ -16,7 +16,7 @@ from modules.config import CHECKPOINT_KEY, ModelConfig, describe_differences
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.losses import linear_cross_entropy
-from modules.functional.routing import RoutingStats, moved_bias
+from modules.functional.routing import RoutingStats
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
 from modules.metrics import BitsPerByte
@@ -29,6 +29,7 @@ from modules.optim import (
     clip_gradients,
     factor_record,
 )
+from modules.routing_balance import RoutingBalance
 from modules.weights import Weights
 
 
@@ -72,7 +73,7 @@ class LanguageModel(pl.LightningModule):
         self.network: Transformer | None = None
         self._start_weights: Weights | None = None
         self.bits_per_byte: list[BitsPerByte] = []
-        self._step_counts_NE: Tensor | None = None
+        self._balance = RoutingBalance()
 
     @staticmethod
     def check_start(architecture: ModelConfig) -> None:
@@ -194,38 +195,11 @@ class LanguageModel(pl.LightningModule):
         outputs: dict[str, Tensor] = {"losses_BL": losses_BL}
         loss = lm_loss
         if stats:
-            auxiliary_loss, watched = self._routing_losses(stats)
+            assert self.architecture.moe is not None
+            auxiliary_loss, watched = self._balance.losses(self.architecture.moe, stats, self._sum_over_ranks)
             loss = loss + auxiliary_loss
             outputs |= watched
         return outputs | {"loss": loss, "lm_loss": lm_loss.detach()}
-
-    def _routing_losses(self, stats: list[RoutingStats]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted balance and z-loss of all routed layers, and what callbacks watch of them."""
-        moe = self.architecture.moe
-        assert moe is not None
-        counts_NE = torch.stack([layer.tokens_per_expert_E for layer in stats])
-        if moe.level == "global" and moe.balance_loss_weight:
-            counts_NE = self.trainer.strategy.reduce(counts_NE, reduce_op="sum")
-            counts_NE = self._add_to_step(counts_NE)
-            shares_NE = counts_NE.double() / counts_NE.sum(dim=1, keepdim=True)
-            stats = [
-                replace(layer, fractions_GE=share_E[None].to(layer.fractions_GE.dtype))
-                for layer, share_E in zip(stats, shares_NE, strict=True)
-            ]
-        elif moe.router.bias_update_rate:
-            self._add_to_step(counts_NE)
-        balance_N = torch.stack([layer.balance_loss for layer in stats])
-        z_N = torch.stack([layer.z_loss for layer in stats])
-        weighted_N = moe.balance_loss_weight * balance_N + moe.z_loss_weight * z_N
-        total = weighted_N.sum() if moe.aux_reduction == "sum" else weighted_N.mean()
-        means = {"balance_loss": balance_N.detach().mean(), "z_loss": z_N.detach().mean()}
-        return total, watched_routing(stats) | means
-
-    def _add_to_step(self, counts_NE: Tensor) -> Tensor:
-        """Choices per layer and expert in this optimizer step so far, over its accumulated micro-batches."""
-        before = self._step_counts_NE
-        self._step_counts_NE = counts_NE if before is None else before + counts_NE
-        return self._step_counts_NE
 
     def token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RoutingStats]]:
         """Sum of the batch's token losses in nats, the losses [B, L] (detached), and the routing stats."""
@@ -241,16 +215,10 @@ class LanguageModel(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; then move the selection biases towards an even load, and begin to count the next step's choices."""
         super().optimizer_step(*args, **kwargs)
-        moe, counts_NE = self.architecture.moe, self._step_counts_NE
-        if moe is not None and moe.router.bias_update_rate and counts_NE is not None:
-            if moe.level != "global" or not moe.balance_loss_weight:  # there it is the sum over ranks already
-                counts_NE = self.trainer.strategy.reduce(counts_NE, reduce_op="sum")
-            with torch.no_grad():
-                for layer, counts_E in zip(self._net.routed_layers(), counts_NE, strict=True):
-                    bias_E = layer.router.selection_bias_E
-                    assert bias_E is not None
-                    bias_E.copy_(moved_bias(bias_E, counts_E, moe.router.bias_update_rate))
-        self._step_counts_NE = None
+        self._balance.end_step(self.architecture.moe, self._net.routed_layers(), self._sum_over_ranks)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def configure_gradient_clipping(
         self,
@@ -318,14 +286,4 @@ def growth_metrics(module: LanguageModel) -> dict[str, float]:
         "growth/stage": module.stage,
         "growth/params_total": count.total,
         "growth/params_active": count.active,
-    }
-
-
-def watched_routing(stats: list[RoutingStats]) -> dict[str, Tensor]:
-    """What callbacks watch of N routed layers: figures by layer, detached."""
-    return {
-        "tokens_per_expert_NE": torch.stack([layer.tokens_per_expert_E for layer in stats]),
-        "dropped_NK": torch.stack([layer.dropped_K for layer in stats]),
-        "entropy_N": torch.stack([layer.entropy for layer in stats]),
-        "logit_rms_N": torch.stack([layer.logit_rms for layer in stats]),
     }

@@ -1,7 +1,5 @@
 """A model of ours as a directory in the format of Hugging Face: complete, or not there."""
 
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 from modules.config import ModelConfig
 from modules.errors import InputError
-from modules.files import sync_directory, sync_file
+from modules.files import whole_directory
 from modules.hugging_face.configs import choose_family, write_config
 from modules.hugging_face.reading import CONFIG, INDEX, SINGLE, TOKENIZER
 from modules.hugging_face.tensors import shards_of, to_theirs
@@ -49,20 +47,10 @@ def write_directory(
     theirs = to_theirs(weights, chosen, config)
     texts, token_ids = _token_files(tokenizer_json, origin, config.max_seq_len)
     texts[CONFIG] = dump(write_config(config, chosen, _common_dtype(weights), token_ids))
-    aside = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
-    try:
+    with whole_directory(output) as aside:
         _write_tensors(aside, theirs, max_shard_bytes)
         for name, text in texts.items():
             (aside / name).write_bytes(text.encode())
-        for file in sorted(aside.iterdir()):
-            sync_file(file)
-        sync_directory(aside)
-        aside.rename(output)
-        sync_directory(output.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return chosen.name
 
 

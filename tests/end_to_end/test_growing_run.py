@@ -168,3 +168,21 @@ def test_validate_measures_a_grown_checkpoint_as_the_run_did(
         name: pytest.approx(float(row[name]), abs=1e-4) for name in ("val/bpb_en", "val/bpb_zh", "val/loss")
     }
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_plan_follows_the_checkpoint_it_is_given(
+    grown_run: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another recipe than that of its run it is refused, as a resume would be."""
+    config, checkpoint = (
+        runs.settings(tmp_path / "run", world),
+        str(grown_run / "checkpoints" / "step-00000012-stage-2"),
+    )
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--config", str(runs.write(config, tmp_path / "c.yaml")), "--ckpt_path", checkpoint])
+    assert ended.value.code == 0 and "4 experts in 1" in capsys.readouterr().out
+    config["growth"]["stages"][0]["split_noise"] = 0.3
+    with pytest.raises(SystemExit) as refused:
+        main(["plan", "--config", str(runs.write(config, tmp_path / "other.yaml")), "--ckpt_path", checkpoint])
+    assert refused.value.code == 2 and "has gone through the transitions" in capsys.readouterr().err

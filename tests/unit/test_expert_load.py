@@ -16,9 +16,9 @@ from callbacks.expert_load import ExpertLoad, spread
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.routing import RoutingStats
-from modules.language_model import watched_routing
 from modules.layers.transformer import Transformer
 from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
+from modules.routing_balance import watched_routing
 from modules.routing_metrics import RoutingLoad
 
 EVEN, SKEWED, COLLAPSED = [4, 4, 4, 4], [7, 6, 3, 0], [8, 8, 0, 0]

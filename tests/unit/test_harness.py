@@ -30,7 +30,8 @@ from lm_eval.api.model import TemplateLM  # noqa: E402
 from callbacks import eval_tasks  # noqa: E402
 from callbacks.eval_results import clean_metrics, headline  # noqa: E402
 from callbacks.eval_tasks import Suite, choose_suite, load_suite, load_tasks, suite_names  # noqa: E402
-from callbacks.harness import HarnessLM, evaluate_tasks  # noqa: E402
+from callbacks.harness import evaluate_tasks  # noqa: E402
+from callbacks.harness_lm import HarnessLM  # noqa: E402
 
 IMPORTS_TRANSFORMERS = "transformers" in sys.modules and not HAD_TRANSFORMERS
 
@@ -165,7 +166,7 @@ def test_logits_in_small_chunks_change_nothing(
     model: HarnessLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = model.loglikelihood(ask("loglikelihood", *PAIRS))
-    monkeypatch.setattr("callbacks.harness.LOGIT_ELEMENTS", 3 * tokenizer.vocab_size)
+    monkeypatch.setattr("callbacks.harness_lm.LOGIT_ELEMENTS", 3 * tokenizer.vocab_size)
     chunked = model.loglikelihood(ask("loglikelihood", *PAIRS))
     assert [x for x, _ in chunked] == pytest.approx([x for x, _ in whole], abs=1e-10)
     assert [x for _, x in chunked] == [x for _, x in whole]
