@@ -9,8 +9,8 @@ from modules.config import ModelConfig
 from modules.functional.flops import ParameterCount, count_parameters, training_flops_per_token
 from modules.growth.stage import GrowthStage
 
-BYTES_PER_PARAMETER = 16
-"""Weight, gradient and Adam's two moments, in float32."""
+BYTES_PER_NUMBER = 4
+"""Weights, gradients and optimizer state are float32."""
 SCRATCH_ADVICE = 2.0
 """From so many times the dense model's cost on, a mixture is better trained from scratch: a rule of thumb."""
 
@@ -36,6 +36,7 @@ class PlannedStage:
     last_step: int | None
     tokens: int | None
     seq_len: int
+    is_muon: bool = False
 
     @property
     def count(self) -> ParameterCount:
@@ -54,8 +55,10 @@ class PlannedStage:
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and optimizer state; activations come on top."""
-        return self.count.total * BYTES_PER_PARAMETER
+        """Weights, gradients and optimizer state, which is two moments of each parameter, or one where Muon trains it;
+        activations come on top."""
+        moments = 2 * self.count.total - (self.count.non_embedding if self.is_muon else 0)
+        return (2 * self.count.total + moments) * BYTES_PER_NUMBER
 
 
 def plan_stages(
@@ -64,6 +67,7 @@ def plan_stages(
     max_steps: int,
     tokens_per_step: int,
     seq_len: int,
+    is_muon: bool = False,
 ) -> list[PlannedStage]:
     """The stages of a run that has been checked: one architecture more than the recipe has stages."""
     due = [stage.due_step(tokens_per_step, max_steps) for stage in recipe]
@@ -73,7 +77,8 @@ def plan_stages(
         known = begin is not None and end is not None
         tokens = (end - begin) * tokens_per_step if begin is not None and end is not None else None
         first = begin + 1 if begin is not None else None
-        planned.append(PlannedStage(config, transition, first, end if known or end else None, tokens, seq_len))
+        last = end if known or end else None
+        planned.append(PlannedStage(config, transition, first, last, tokens, seq_len, is_muon))
     return planned
 
 

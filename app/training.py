@@ -185,7 +185,8 @@ class TrainingCLI(LightningCLI):
         elif self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
         architectures = self._check_recipe()
-        return plan_stages(architectures, self.growth.stages, max_steps, self._tokens_per_step, self.datamodule.seq_len)
+        is_muon, seq_len = self.model.optimizer_config.kind == "muon", self.datamodule.seq_len
+        return plan_stages(architectures, self.growth.stages, max_steps, self._tokens_per_step, seq_len, is_muon)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

@@ -1,115 +1,48 @@
 """What growing is worth: tokens and seconds to the loss that the large model reaches from scratch.
 
-    python -m benchmarks.growth_study --folder DIR --root CORPORA [--steps 600] [--grow-at 200] [--seeds 0 1 2]
+    python -m benchmarks.growth_study --folder DIR --root CORPORA [--seeds 0 1 2] [--arms scratch sparkling ...]
 
-from the root of the repository, on corpora from `growmoe prepare`. Every arm is a `growmoe fit` in a folder of its own:
-the source and the target from scratch, the source continued, and growth of the source by each method and each treatment
-of the optimizer's state; then the same for mixtures. Stopped, it goes on where it was: a finished arm is not run again,
-an unfinished one resumes from its newest checkpoint. `--report` prints the tables of what is there.
+from the root of the repository, on corpora from `growmoe prepare`. Every arm (benchmarks/growth_arms.py) is a
+`growmoe fit` in a folder of its own: the small and the large model from scratch, the large one grown from the small one
+by each method with each treatment of the optimizer's state, mixtures from scratch and upcycled, and the large dense
+model trained on. Stopped, it goes on where it was: a finished arm is not run again, an unfinished one resumes from its
+newest checkpoint. Several processes may work on different seeds.
 
-Arms that grow start from the source's checkpoint at `--grow-at`, whose cost is counted. Seconds are step times of the
-arm's own log, summed: compare them only if all arms ran on one machine that did nothing else.
+`--measure` times a step of every architecture, interleaved; seconds in the report are steps times these, so that other
+work on the machine while the arms run does not count. `--report` prints the tables of what is there, and `--picture
+FILE` draws the curves.
 """
 
 import argparse
-import csv
+import json
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from benchmarks import growth_tables, timing
+from benchmarks.growth_arms import Arm, Plan, all_arms, configuration
+from modules.config import ModelConfig
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = {"dim": 96, "num_layers": 2, "num_heads": 2}
-TARGET = {"dim": 192, "num_layers": 4, "num_heads": 4}
-MOE = {"num_experts": 8, "top_k": 2}
-METHODS = {"fpi": {"preset": "fpi"}, "iso": {"split_noise": 0.1}, "aki_pro": {"preset": "aki_pro"}}
-STATES = ("mapped", "asymmetric", "reset")
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One run: the architecture that it begins with, and the stage that it goes through, if any."""
-
-    name: str
-    architecture: dict[str, Any]
-    stage: dict[str, Any] | None = None
-    source: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-def all_arms() -> list[Arm]:
-    """Dense arms first, then mixtures; an arm's source comes before it."""
-    arms = [Arm("source", SOURCE), Arm("scratch", TARGET)]
-    for method, options in METHODS.items():
-        for state in STATES:
-            stage = {"target": TARGET, **options, "optimizer_state": state}
-            arms.append(Arm(f"{method}, {state}", SOURCE, stage, "source"))
-    arms += [Arm("MoE from scratch", {**TARGET, "moe": MOE})]
-    fine = {**MOE, "num_experts": 16, "top_k": 4, "expert_dim": 256}
-    for name, moe, variation in (("copy", MOE, "copy"), ("drop", MOE, "drop"), ("virtual group", fine, "copy")):
-        arms.append(Arm(f"upcycle, {name}", TARGET, {"target": {"moe": moe}, "upcycle": variation}, "scratch"))
-    return arms
-
-
-def folder_of(arm: str, seed: int, folder: Path) -> Path:
-    """The run directory of an arm."""
-    return folder / f"seed-{seed}" / arm.replace(", ", "-").replace(" ", "-")
-
-
-def configuration(arm: Arm, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """What `growmoe fit` is given."""
-    stages = [] if arm.stage is None else [{**arm.stage, "at_step": given.grow_at, "seed": seed}]
-    return {
-        "seed_everything": seed,
-        "trainer": {
-            "max_steps": given.steps,
-            "val_check_interval": given.every,
-            "log_every_n_steps": 10,
-            "default_root_dir": str(folder_of(arm.name, seed, given.folder)),
-        },
-        "model": {
-            "class_path": "modules.MoELM" if "moe" in arm.architecture else "modules.DenseLM",
-            "init_args": {
-                "architecture": arm.architecture,
-                "optimizer": {"lr": 2e-3},
-                "schedule": {"warmup_steps": max(1, given.steps // 20), "decay_fraction": 0.2},
-            },
-        },
-        "data": {
-            "class_path": "datamodules.BilingualText",
-            "init_args": {
-                "root": str(given.root),
-                "weights": {"en": 0.5, "zh": 0.5},
-                "seq_len": 256,
-                "batch_size": 8,
-                "val_samples": 64,
-                "seed": seed,
-            },
-        },
-        "growth": {"stages": stages},
-        "checkpoint": {"every_n_steps": given.grow_at, "keep_last": 99},
-        "evaluation": {"at_end": False, "at_transitions": False},
-        "wandb": {"mode": "disabled"},
-    }
-
-
-def run(arm: Arm, seed: int, given: argparse.Namespace) -> None:
+def run(arm: Arm, seed: int, plan: Plan, given: argparse.Namespace) -> None:
     """Run an arm to its end, from where it stands."""
-    run_dir = folder_of(arm.name, seed, given.folder)
-    checkpoints = run_dir / "checkpoints"
-    if (checkpoints / f"step-{given.steps:08d}").is_dir():
+    if arm.checkpoint(arm.num_steps(plan), seed, given.folder).is_dir():
         return
+    run_dir = arm.folder(seed, given.folder)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(configuration(arm, seed, given)))
+    path.write_text(yaml.safe_dump(configuration(arm, seed, plan, given.folder, given.root)))
     start = "auto"
-    if arm.source is not None and not checkpoints.is_dir():
-        start = str(folder_of(arm.source, seed, given.folder) / "checkpoints" / f"step-{given.grow_at:08d}")
+    if arm.source is not None and not (run_dir / "checkpoints").is_dir():
+        start = str(all_arms()[arm.source].checkpoint(plan.grow_at, seed, given.folder))
     print(f"seed {seed}: {arm.name}", flush=True)
     command = [sys.executable, "-m", "app", "fit", "--config", str(path), "--ckpt_path", start]
     with run_dir.with_suffix(".log").open("a") as log:
@@ -118,80 +51,61 @@ def run(arm: Arm, seed: int, given: argparse.Namespace) -> None:
         sys.exit(f"{arm.name}, seed {seed} ended with {done.returncode}: see {run_dir.with_suffix('.log')}")
 
 
-def curve(arm: Arm, seed: int, given: argparse.Namespace) -> list[tuple[int, float, float]]:
-    """Tokens, seconds and validation loss of a finished arm, those of its source up to the growth included."""
-    points = []
-    if arm.source is not None:
-        source = next(other for other in all_arms() if other.name == arm.source)
-        points = [point for point in curve(source, seed, given) if point[0] <= given.grow_at * 8 * 256]
-    begin = given.grow_at if arm.source is not None else 0
-    seconds, step_ms, last = (points[-1][1] if points else 0.0), None, begin
-    path = folder_of(arm.name, seed, given.folder) / "metrics.csv"
-    for row in csv.DictReader(path.open(newline="")):
-        step = int(row["step"])
-        step_ms = float(row["perf/step_ms"]) if row.get("perf/step_ms") else step_ms
-        if step > last and step_ms is not None:
-            seconds, last = seconds + (step - last) * step_ms / 1e3, step
-        if row.get("val/loss") and step > begin:
-            points.append((step * 8 * 256, seconds, float(row["val/loss"])))
-    return points
+def measure(plan: Plan, vocab_size: int, rounds: int) -> dict[str, float]:
+    """Seconds of a training step of each architecture, in bfloat16 autocast as the arms train, on one thread."""
+    from benchmarks.model_contestants import our_model
+    from modules.layers.transformer import Transformer
+
+    shapes = {growth_tables.key(shape): shape for arm in all_arms().values() for shape in (arm.start, arm.end)}
+    flags = argparse.Namespace(device="cpu", threads=1, rounds=rounds, repeats=3, fresh_batches=True, seed=0)
+    flags.keep_pages, flags.fp32_precision = True, "highest"
+    timing.set_up(flags)
+    tokens = torch.randint(vocab_size, (plan.batch_size, plan.seq_len + 1))
+    runs = {}
+    for name, shape in shapes.items():
+        config = ModelConfig.from_dict({"vocab_size": vocab_size, **shape})
+        runs[name] = partial(our_model(Transformer(config), False).step, tokens, "autocast")
+    turns = timing.interleave(runs, flags, partial(tokens.random_, vocab_size))
+    for name, seconds in turns.seconds.items():
+        print(f"{name}: {timing.spread(seconds, 4)} s a step")
+    return {name: statistics.median(seconds) for name, seconds in turns.seconds.items()}
 
 
-def reached(points: list[tuple[int, float, float]], loss: float) -> tuple[float, float] | None:
-    """Tokens and seconds at which a curve is first at or below a loss, between two measurements linearly."""
-    for before, after in pairwise(points):
-        if after[2] <= loss:
-            share = 1.0 if before[2] <= loss else (before[2] - loss) / (before[2] - after[2])
-            return tuple(one + (other - one) * share for one, other in zip(before[:2], after[:2], strict=True))
-    return None
-
-
-def report(given: argparse.Namespace) -> None:
-    """The table of all arms that every seed has finished, against the model of the same kind from scratch."""
-    print("| arm | final loss | tokens to scratch's loss | seconds to scratch's loss |\n|---|---|---|---|")
-    for arm in all_arms():
-        finals, tokens, seconds = [], [], []
-        for seed in given.seeds:
-            moe = "moe" in arm.architecture or "moe" in (arm.stage or {"target": {}})["target"]
-            rival = next(a for a in all_arms() if a.name == ("MoE from scratch" if moe else "scratch"))
-            paths = [folder_of(a.name, seed, given.folder) / "checkpoints" for a in (arm, rival)]
-            if not all((path / f"step-{given.steps:08d}").is_dir() for path in paths):
-                break
-            mine, theirs = curve(arm, seed, given), curve(rival, seed, given)
-            finals.append(mine[-1][2])
-            found = reached(mine, theirs[-1][2])
-            if found is not None:
-                tokens.append(found[0] / theirs[-1][0])
-                seconds.append(found[1] / theirs[-1][1])
-        if len(finals) == len(given.seeds):
-            print(f"| {arm.name} | {_spread(finals, 3)} | {_spread(tokens, 2, len(finals))} | ", end="")
-            print(f"{_spread(seconds, 2, len(finals))} |")
-
-
-def _spread(values: list[float], digits: int, wanted: int | None = None) -> str:
-    """Mean and standard deviation; how many of the seeds got there, when not all did."""
-    if not values:
-        return "not reached"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    some = f" ({len(values)} of {wanted} seeds)" if wanted is not None and len(values) < wanted else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}{some}"
-
-
-def main() -> None:
-    """Run what is missing, then report."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--folder", type=Path, required=True, help="where the runs lie")
     flags.add_argument("--root", type=Path, required=True, help="prepared corpora with en and zh")
-    flags.add_argument("--steps", type=int, default=600, help="of every arm")
-    flags.add_argument("--grow-at", type=int, default=200, help="the step of the transition")
-    flags.add_argument("--every", type=int, default=20, help="steps between two validations")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flags.add_argument("--arms", nargs="+", help="parts of names; all arms when left out, sources always")
+    for name, default in vars(Plan()).items():
+        flags.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="see growth_arms.Plan")
+    flags.add_argument("--measure", action="store_true", help="only time the steps")
+    flags.add_argument("--rounds", type=int, default=9, help="of --measure")
     flags.add_argument("--report", action="store_true", help="only print what is there")
-    given = flags.parse_args()
-    for seed in () if given.report else given.seeds:
-        for arm in all_arms():
-            run(arm, seed, given)
-    report(given)
+    flags.add_argument("--picture", type=Path, help="draw the curves into this file")
+    return flags.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, then measure, then report."""
+    given = parse()
+    plan = Plan(**{name: getattr(given, name) for name in vars(Plan())})
+    timings = given.folder / "step_seconds.json"
+    wanted = [arm for arm in all_arms().values() if not given.arms or any(word in arm.name for word in given.arms)]
+    wanted = [arm for arm in all_arms().values() if arm in wanted or arm.name in {other.source for other in wanted}]
+    if not (given.report or given.measure):
+        for seed in given.seeds:
+            for arm in wanted:
+                run(arm, seed, plan, given)
+    if given.measure or not timings.exists():
+        manifest: dict[str, Any] = json.loads((given.root / "manifest.json").read_text())
+        given.folder.mkdir(parents=True, exist_ok=True)
+        timings.write_text(json.dumps(measure(plan, manifest["vocab_size"], given.rounds), indent=1))
+    study = growth_tables.Study(plan, given.folder, given.seeds, json.loads(timings.read_text()))
+    growth_tables.report(study, wanted)
+    if given.picture is not None:
+        growth_tables.draw(study, given.picture)
 
 
 if __name__ == "__main__":

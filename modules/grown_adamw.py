@@ -6,7 +6,7 @@ betas of 0.9 and 0.999). Here each new entry is corrected by its own age (the as
 2602.02472), and its learning rate warms up anew.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class GrownAdamW(torch.optim.AdamW):
                 second = state["exp_avg_sq"][box] / (1 - beta2**age)
                 update = first / second.sqrt_().add_(group["eps"])
                 parameter[box] = old.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
-        state[BIRTHS] = [birth for birth in state[BIRTHS] if not _is_grown_up(birth, count, max(beta1, beta2))]
+        state[BIRTHS] = [birth for birth in state[BIRTHS] if not is_grown_up(birth, count, max(beta1, beta2))]
 
 
 def warm_up_factor(birth: Mapping[str, Any], age: float) -> float:
@@ -71,7 +71,17 @@ def warm_up_factor(birth: Mapping[str, Any], age: float) -> float:
     return 1 + rise * max(0.0, min(age / steps, 2 - age / steps))
 
 
-def _is_grown_up(birth: Mapping[str, Any], count: float, beta: float) -> bool:
+def warmed_rates(parameter: Tensor, births: Iterable[Birth], count: float) -> Tensor:
+    """What each entry's learning rate is multiplied with after `count` updates; later births overrule earlier ones."""
+    rates = torch.ones_like(parameter)
+    for birth in births:
+        for box in _boxes(parameter.shape, birth["old"]):
+            rates[box] = warm_up_factor(birth, count - birth["step"])
+    return rates
+
+
+def is_grown_up(birth: Mapping[str, Any], count: float, beta: float) -> bool:
+    """Whether a birth makes no difference any more: its moments are complete, and its warm-up is over."""
     age = count - birth["step"]
     return beta**age < _FORGOTTEN and age >= 2 * birth["steps"]
 

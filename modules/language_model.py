@@ -38,7 +38,7 @@ class LanguageModel(pl.LightningModule):
 
     Args:
         architecture: the model that the run starts with; its vocabulary size comes from the data.
-        optimizer: AdamW's settings.
+        optimizer: AdamW or Muon, and its settings.
         schedule: how the learning rate moves; it ends at `trainer.max_steps`.
         loss_chunk_rows: token rows whose vocabulary logits exist at one time.
         start_from: the directory of a checkpoint whose model the run starts with, in the place of fresh weights: an
@@ -117,7 +117,8 @@ class LanguageModel(pl.LightningModule):
         Settings of the routing losses are those of the configuration, also where they have changed.
 
         Raises:
-            InputError: the checkpoint belongs to a run that started from another architecture.
+            InputError: the checkpoint belongs to a run that started from another architecture, or trains with another
+                optimizer.
         """
         saved = ModelConfig.from_dict(record["initial_architecture"])
         if self.start_from is not None:
@@ -127,6 +128,13 @@ class LanguageModel(pl.LightningModule):
             raise InputError(
                 f"the checkpoint's run started from another architecture: {differences} (checkpoint against "
                 "configuration); resume with the configuration of that run, or start a new run without --ckpt_path"
+            )
+        kind = record["optimizer"].get("kind", "adamw")
+        if kind != self.optimizer_config.kind:
+            raise InputError(
+                f"model.optimizer.kind={self.optimizer_config.kind} cannot go on with the state of the checkpoint's "
+                f"run, which trains with {kind}; resume with model.optimizer.kind={kind}, or start a new run from its "
+                "model with --model.start_from"
             )
         architecture = ModelConfig.from_dict(record["architecture"])
         self.architecture = architecture.trained_like(self.initial_architecture)
@@ -174,7 +182,7 @@ class LanguageModel(pl.LightningModule):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW over the present network, and the schedule over the run's steps."""
+        """The optimizer of the present network, and the schedule over the run's steps."""
         total_steps = self.trainer.max_steps
         self.schedule_config.check_total(total_steps)
         optimizer = build_optimizer(self._net, self.optimizer_config, self.factors)

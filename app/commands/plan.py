@@ -36,7 +36,7 @@ def show(stages: Sequence[PlannedStage]) -> None:
 def _table(stages: Sequence[PlannedStage]) -> "Table":
     from rich.table import Table
 
-    table = Table(title="weights, gradients and Adam's moments in float32; activations come on top")
+    table = Table(title="weights, gradients and optimizer state in float32; activations come on top")
     for name in ("stage", "model"):
         table.add_column(name)
     for name in ("steps", "tokens", "parameters", "active", "FLOPs per token", "FLOPs", "memory"):

@@ -79,19 +79,21 @@ class Duplicate:
         return repeated * self._scale(name)
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state: an expert's gradient is shared out among its m copies, each with top_k' / (m top_k) of its
-        tokens and top_k / top_k' of its slope."""
-        before = self.source.moments(name)
+        """The optimizer's state: an expert's gradient is shared out among its m copies, each with top_k' / (m top_k) of
+        its tokens and top_k / top_k' of its slope."""
+        before, scale = self.source.moments(name), self._scale(name)
         if before is None or not self._has_experts(name):
             return before
-        scale = self._scale(name)
-        first = before.first.repeat_interleave(self.times, dim=0) / (self.times * scale)
-        second = before.second.repeat_interleave(self.times, dim=0) * (self._slope / scale) ** 2
-        if role_of(name).part.startswith("feed_forward.experts."):
-            for expert in (e for e in range(self.moe.num_experts) if e % self.times):
-                dropped = self.rules.dropped(name, expert, self.config.expert_size).to(first.device)
-                first[expert].index_fill_(hidden_axis(name), dropped, 0.0)
-        return Moments(first, second, before.step)
+
+        def first(moment: Tensor) -> Tensor:
+            shares = moment.repeat_interleave(self.times, dim=0) / (self.times * scale)
+            if role_of(name).part.startswith("feed_forward.experts."):
+                for expert in (e for e in range(self.moe.num_experts) if e % self.times):
+                    dropped = self.rules.dropped(name, expert, self.config.expert_size).to(moment.device)
+                    shares[expert].index_fill_(hidden_axis(name), dropped, 0.0)
+            return shares
+
+        return before.mapped(first, lambda m: m.repeat_interleave(self.times, dim=0) * (self._slope / scale) ** 2)
 
     def factors(self, name: str) -> ParameterFactors:
         """Those of the source, with the scale of weights and of gradients."""

@@ -5,7 +5,7 @@ time and never holds two whole models.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,13 +18,17 @@ from modules.optim import ParameterFactors
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's state of one parameter: first and second moment (shaped like it), the number of its updates, and which of
-    its entries came later than the others."""
+    """The optimizer's state of one parameter: Adam's first and second moment, or Muon's momentum as the first and none
+    (shaped like it); the number of its updates; and which of its entries came later than the others."""
 
     first: Tensor
-    second: Tensor
+    second: Tensor | None
     step: float
     births: tuple[Birth, ...] = ()
+
+    def mapped(self, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> "Moments":
+        """The state of a grown parameter, of one age throughout, by a function for each moment."""
+        return Moments(first(self.first), None if self.second is None else second(self.second), self.step)
 
 
 @dataclass(frozen=True)
@@ -45,22 +49,26 @@ class WarmUp:
         """
         if tuple(before.first.shape) == shape:
             return before
-        first, second, births = before.first, before.second, before.births
-        old: list[int | list[int]] = list(before.first.shape)
-        for axis, place in (places or {axis: torch.arange(size) for axis, size in enumerate(first.shape)}).items():
-            larger = (*first.shape[:axis], shape[axis], *first.shape[axis + 1 :])
-            first = first.new_zeros(larger).index_copy_(axis, place.to(first.device), first)
-            second = second.new_zeros(larger).index_copy_(axis, place.to(second.device), second)
+        births, old = before.births, list[int | list[int]](before.first.shape)
+        places = places or {axis: torch.arange(size) for axis, size in enumerate(before.first.shape)}
+        for axis, place in places.items():
             if not torch.equal(place, torch.arange(len(place))):
                 old[axis] = place.tolist()
                 births = tuple(_moved(birth, axis, place) for birth in births)
         birth = {"old": old, "step": before.step, "factor": self.factor, "steps": self.steps}
-        return Moments(first, second, before.step, (*births, birth))
+
+        def spread(moment: Tensor) -> Tensor:
+            for axis, place in places.items():
+                room = moment.new_zeros(*moment.shape[:axis], shape[axis], *moment.shape[axis + 1 :])
+                moment = room.index_copy_(axis, place.to(moment.device), moment)
+            return moment
+
+        return replace(before.mapped(spread, spread), births=(*births, birth))
 
     def new(self, like: Moments) -> Moments:
         """The state of a parameter that is new altogether."""
         birth = {"old": [0] * like.first.ndim, "step": 0.0, "factor": self.factor, "steps": self.steps}
-        return Moments(torch.zeros_like(like.first), torch.zeros_like(like.second), 0.0, (birth,))
+        return replace(like.mapped(torch.zeros_like, torch.zeros_like), step=0.0, births=(birth,))
 
 
 def _moved(birth: Birth, axis: int, place: Tensor) -> Birth:
@@ -107,7 +115,7 @@ class TensorSource:
         return self.read_weight(name)
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state of it."""
+        """The optimizer's state of it."""
         return self.read_moments(name)
 
     def factors(self, name: str) -> ParameterFactors:

@@ -119,8 +119,8 @@ class GrowthStage:
     router_std: float | None = field(default=None, metadata={USUAL: 0.02})
     """standard deviation of the new router's weights; usually 0.02"""
     optimizer_state: Literal["mapped", "asymmetric", "reset"] | None = field(default=None, metadata={USUAL: "mapped"})
-    """Adam's moments are carried over, scaled as the growth demands (usual); or kept for old entries, while new ones
-    start from zero with a warm-up of their own; or all start afresh"""
+    """the optimizer's moments are carried over, scaled as the growth demands (usual); or kept for old entries, while
+    new ones start from zero with a warm-up of their own; or all start afresh"""
     warm_up_factor: float = 1.3
     """asymmetric: the learning rate of new entries rises to so many times the schedule's, and returns"""
     warm_up_steps: int = 250

@@ -22,13 +22,11 @@ from modules.growth.stage import GrowthStage, GrowthTarget
 from modules.growth.upcycle import Upcycle
 from modules.growth.width import Widen
 from modules.layers.transformer import Transformer
+from modules.muon import MOMENTUM
 from modules.optim import ParameterFactors
 
 DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 """What rounding may change of a logit in an exact transition, as a share of the largest logit (or of 1)."""
-
-OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq")
-"""AdamW's names for the first and the second moment."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def target_config(source: ModelConfig, stage: GrowthStage) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Grown:
-    """The other side of a transition: the network, its factors, and its Adam state by name."""
+    """The other side of a transition: the network, its factors, and its optimizer state by name."""
 
     transition: Transition
     network: Transformer
@@ -99,7 +97,7 @@ class Grown:
 
 
 def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.device | str) -> Grown:
-    """Grow by one stage: weights always, factors and Adam state where they are mapped."""
+    """Grow by one stage: weights always, factors and optimizer state where they are mapped."""
     transition = build_transition(source, stage)
     network = materialize(transition.grown, device)
     return Grown(transition, network, *optimizer_parts(transition, stage, network))
@@ -108,7 +106,7 @@ def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.devic
 def optimizer_parts(
     transition: Transition, stage: GrowthStage, network: nn.Module
 ) -> tuple[dict[str, ParameterFactors], dict[str, dict[str, Any]]]:
-    """Factors and Adam state of the grown network's parameters; none when the stage resets them.
+    """Factors and optimizer state of the grown network's parameters; none when the stage resets them.
 
     Args:
         network: names the parameters; it may be on the meta device.
@@ -157,7 +155,7 @@ def check_drift(transition: Transition, drift: float, largest: float, dtype: tor
 def network_source(
     network: Transformer, state: Mapping[str, Mapping[str, Any]], factors: Mapping[str, ParameterFactors]
 ) -> TensorSource:
-    """A network and its Adam state (by parameter name) as the start of a chain."""
+    """A network and its optimizer state (by parameter name) as the start of a chain."""
     weights = network.state_dict()  # parameters, and the buffers that checkpoints hold
     return tensor_source(network.config, lambda name: weights[name].detach(), state, factors)
 
@@ -168,13 +166,14 @@ def tensor_source(
     state: Mapping[str, Mapping[str, Any]],
     factors: Mapping[str, ParameterFactors],
 ) -> TensorSource:
-    """Weights that are read by name, and Adam state by parameter name, as the start of a chain."""
+    """Weights that are read by name, and optimizer state by parameter name, as the start of a chain."""
 
     def read_moments(name: str) -> Moments | None:
         if not state.get(name):
             return None
-        first, second = (state[name][key] for key in OPTIMIZER_KEYS)
-        return Moments(first, second, float(state[name]["step"]), tuple(state[name].get(BIRTHS, ())))
+        saved = state[name]
+        first, second = (saved[MOMENTUM], None) if MOMENTUM in saved else (saved["exp_avg"], saved["exp_avg_sq"])
+        return Moments(first, second, float(saved["step"]), tuple(saved.get(BIRTHS, ())))
 
     return TensorSource(
         config,
@@ -203,13 +202,14 @@ def grown_factors(grown: ParameterSource, network: nn.Module) -> dict[str, Param
 
 @torch.no_grad()
 def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[str, Any]]:
-    """Adam's state of the grown network, by parameter name; parameters that start afresh are left out."""
+    """The optimizer's state of the grown network, by parameter name; parameters that start afresh are left out."""
     state: dict[str, dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         moments = grown.moments(name)
         if moments is not None:
-            tensors = (moments.first, moments.second)
-            state[name] = {key: _like(t, parameter) for key, t in zip(OPTIMIZER_KEYS, tensors, strict=True)}
+            first, second = moments.first, moments.second
+            tensors = {MOMENTUM: first} if second is None else {"exp_avg": first, "exp_avg_sq": second}
+            state[name] = {key: _like(tensor, parameter) for key, tensor in tensors.items()}
             state[name]["step"] = _like(torch.tensor(moments.step, dtype=torch.float32), parameter)
             if moments.births:
                 state[name][BIRTHS] = [dict(birth) for birth in moments.births]

@@ -178,27 +178,27 @@ class Upcycle:
         return torch.stack(experts) * self._scale(name)
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state. A shard's gradient is shared out among its E / G experts (first moment); the second moment is
-        that of `_slope`. A redrawn neuron forgets its first moment."""
+        """The optimizer's state. A shard's gradient is shared out among its E / G experts (first moment); the second
+        moment is that of `_slope`. A redrawn neuron forgets its first moment."""
         role = role_of(name)
         if role.part in (_ROUTER, _SHARED_GATE):
             return None
         if role.part not in _EXPERT_PARTS | _SHARED_PARTS:
             return self.source.moments(name)
-        before = self.source.moments(self._dense_name(name))
+        before, scale = self.source.moments(self._dense_name(name)), self._scale(name)
         if before is None:
             return None
-        scale = self._scale(name)
         if role.part in _SHARED_PARTS:
-            first, second = (self._shared(name, moment) for moment in (before.first, before.second))
-            return Moments(first / scale, second / scale**2, before.step)
-        parts = self.num_shards / self.moe.num_experts / scale, (self._slope / scale) ** 2
-        moments = zip((before.first, before.second), parts, strict=True)
-        first, second = (torch.stack(self._dealt(self._shards(name, moment * part))) for moment, part in moments)
-        for expert in range(self.moe.num_experts):
-            dropped = self.rules.dropped(name, expert, self.config.expert_size).to(first.device)
-            first[expert].index_fill_(hidden_axis(name), dropped, 0.0)
-        return Moments(first, second, before.step)
+            return before.mapped(lambda m: self._shared(name, m) / scale, lambda m: self._shared(name, m) / scale**2)
+
+        def first(moment: Tensor) -> Tensor:
+            shares = self._stacked(name, moment * (self.num_shards / self.moe.num_experts / scale))
+            for expert in range(self.moe.num_experts):
+                dropped = self.rules.dropped(name, expert, self.config.expert_size).to(moment.device)
+                shares[expert].index_fill_(hidden_axis(name), dropped, 0.0)
+            return shares
+
+        return before.mapped(first, lambda moment: self._stacked(name, moment * (self._slope / scale) ** 2))
 
     def factors(self, name: str) -> ParameterFactors:
         """Experts keep their feed-forward's factors, with the scale of their weights and of their gradients; the router
@@ -246,6 +246,10 @@ class Upcycle:
         """The neurons behind those of shared experts, as G matrices in the experts' layout."""
         axis = hidden_axis(name)
         return list(dense.T.narrow(axis, self.config.shared_size, self._pool).split(self.config.expert_size, axis))
+
+    def _stacked(self, name: str, dense: Tensor) -> Tensor:
+        """Every expert's shard of a dense tensor, in one."""
+        return torch.stack(self._dealt(self._shards(name, dense)))
 
     def _dealt(self, shards: list[Tensor]) -> list[Tensor]:
         """Expert e's shard, e mod G."""

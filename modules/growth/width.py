@@ -4,6 +4,7 @@ What each axis does is in maps.py. Here the maps meet the parameters, noise make
 from the next layer (Advanced Knowledge Initialization: bert2BERT, arXiv 2110.07143; AquilaMoE, arXiv 2408.06567).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -105,9 +106,9 @@ class Widen:
         return grown
 
     def moments(self, name: str) -> Moments | None:
-        """Adam's state, mapped so that the grown model takes the source's steps. It does exactly where all sources have
-        equally many copies, and these the same readers: not where key-value heads are repeated for other query heads.
-        """
+        """The optimizer's state, mapped so that the grown model takes the source's steps. It does exactly where all
+        sources have equally many copies, and these the same readers: not where key-value heads are repeated for other
+        query heads."""
         before = self.source.moments(name)
         if before is None:
             return None
@@ -119,9 +120,10 @@ class Widen:
         def read(part: str) -> Callable[[str], Tensor]:
             return lambda other: getattr(self.source.moments(other) or before, part)
 
-        first = self._with_next(name, read("first"), lambda axis_map: axis_map.gradient)
-        second = self._with_next(name, read("second"), lambda axis_map: axis_map.gradient.square())
-        return Moments(first, second, before.step)
+        return before.mapped(
+            lambda _: self._with_next(name, read("first"), lambda axis_map: axis_map.gradient),
+            lambda _: self._with_next(name, read("second"), lambda axis_map: axis_map.gradient.square()),
+        )
 
     def factors(self, name: str) -> ParameterFactors:
         """Learning rate follows the weight's scale, eps the gradient's, weight decay undoes the learning rate's."""
@@ -133,7 +135,22 @@ class Widen:
                 live = self.maps[role].live.bool()
                 scale *= self.maps[role].weight[live].mean().item()
                 slope *= self.maps[role].gradient[live].mean().item()
-        return self.source.factors(name) * ParameterFactors(lr=scale, weight_decay=1 / scale, eps=slope)
+        follows = ParameterFactors(lr=scale, weight_decay=1 / scale, eps=slope, muon=self._muon_factor(name))
+        return self.source.factors(name) * follows
+
+    def _muon_factor(self, name: str) -> float:
+        """Muon's steps have a size that goes by the shape. An orthogonal matrix whose rows and columns are copied is
+        orthogonal again when divided by the root of the copies, which is what Muon makes of the copied momentum."""
+        axes = role_of(name).axes
+        copied = [(axis, self.maps[role]) for axis, role in enumerate(axes) if role in self.maps]
+        if len(axes) < 2 or not copied:
+            return 1.0
+        before = list(self.source.weight(name).shape)
+        after, copies = before.copy(), 1.0
+        for axis, axis_map in copied:
+            after[axis] = len(axis_map.index)
+            copies *= axis_map.live.sum().item() / before[axis]
+        return math.sqrt(copies * max(before[-2:]) / max(after[-2:]))
 
     def _with_next(self, name: str, read: Callable[[str], Tensor], factor: Callable[[AxisMap], Tensor]) -> Tensor:
         """The expanded tensor; under aki, with new rows (and columns) of the next layer's."""

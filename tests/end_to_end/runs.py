@@ -1,5 +1,6 @@
 """Whole runs through the command line, in this process, on a world of a few people."""
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -46,7 +47,7 @@ def settings(run_dir: Path, world: Path, **trainer: Any) -> dict[str, Any]:
                 "val_samples": 4,
             },
         },
-        "growth": {"stages": RECIPE},
+        "growth": {"stages": copy.deepcopy(RECIPE)},
         "evaluation": {"at_end": False, "at_transitions": False},
         "checkpoint": {"every_n_steps": 5, "keep_last": 2},
         "wandb": {"mode": "disabled"},

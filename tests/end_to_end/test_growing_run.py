@@ -125,6 +125,42 @@ def test_asymmetric_state_resumes_and_grows_outside_as_inside(world: Path, tmp_p
         assert all(torch.equal(state[key], other[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
 
 
+def test_muon_resumes_and_grows_outside_as_inside(grown_run: Path, world: Path, tmp_path: Path) -> None:
+    """Widened, deepened and upcycled under Muon: resumed from between, and grown outside, bit for bit."""
+    config = runs.settings(tmp_path / "run", world)
+    config["model"]["init_args"]["optimizer"]["kind"] = "muon"
+    config["checkpoint"] = {"every_n_steps": 4, "keep_last": 99}
+    run_dir = runs.fit(config)
+    want, folder = runs.losses(run_dir), run_dir / "checkpoints"
+    assert float(want[16]) < float(want[1]) and runs.transitions(run_dir)[0]["max_logit_drift"] < 1e-4
+    for name, step in (("step-00000006-stage-1", 6), ("step-00000008", 8), ("step-00000012-stage-2", 12)):
+        config["trainer"]["default_root_dir"] = str(tmp_path / name)
+        again = runs.fit(config, "--ckpt_path", str(folder / name))
+        assert runs.losses(again) == {number: loss for number, loss in want.items() if number > step}
+    recipe = runs.write({"growth": {"stages": runs.RECIPE}}, tmp_path / "recipe.yaml")
+    for step, stage in ((6, 0), (12, 1)):
+        output, start = tmp_path / f"grown-{step}", folder / f"step-{step:08d}-stage-{stage}"
+        main(["grow", str(start), "--config", str(recipe), "--output", str(output)])
+        outside, inside = load_state(output), load_state(folder / f"step-{step:08d}-stage-{stage + 1}")
+        (left,), (right,) = outside["optimizer_states"], inside["optimizer_states"]
+        assert left["param_groups"] == right["param_groups"] and left["state"].keys() == right["state"].keys()
+        assert any("momentum_buffer" in state for state in right["state"].values())
+        for number, tensors in right["state"].items():
+            assert all(torch.equal(tensors[key], left["state"][number][key]) for key in tensors)
+
+
+def test_another_optimizers_state_is_refused(
+    grown_run: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = runs.settings(tmp_path / "run", world)
+    config["model"]["init_args"]["optimizer"]["kind"] = "muon"
+    with pytest.raises(SystemExit) as refused:
+        runs.fit(config, "--ckpt_path", str(grown_run / "checkpoints" / "step-00000016"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert refused.value.code == 2 and "model.optimizer.kind=muon" in error and "adamw" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_accumulation_and_reset_state_and_tokens_as_trigger(world: Path, tmp_path: Path) -> None:
     config = runs.settings(tmp_path / "run", world, accumulate_grad_batches=2, max_steps=8)
     config["growth"]["stages"] = [

@@ -16,11 +16,11 @@ DEEPER = GrowthStage(GrowthTarget(num_layers=4), at_step=20)
 ROUTED = GrowthStage(GrowthTarget(moe=MoEConfig(4, 2)), at_fraction=0.6)
 
 
-def planned(*recipe: GrowthStage, max_steps: int = 100) -> list[PlannedStage]:
+def planned(*recipe: GrowthStage, max_steps: int = 100, is_muon: bool = False) -> list[PlannedStage]:
     architectures = [SMALL]
     for stage in recipe:
         architectures.append(target_config(architectures[-1], stage))
-    return plan_stages(architectures, recipe, max_steps, tokens_per_step=64, seq_len=16)
+    return plan_stages(architectures, recipe, max_steps, tokens_per_step=64, seq_len=16, is_muon=is_muon)
 
 
 def test_stages_have_their_steps_tokens_and_costs() -> None:
@@ -32,7 +32,9 @@ def test_stages_have_their_steps_tokens_and_costs() -> None:
     ]
     assert third.count == count_parameters(third.config) and third.config.moe is not None
     assert third.flops == third.tokens * training_flops_per_token(third.config, 16)
-    assert second.state_bytes == 16 * count_parameters(second.config).total
+    assert second.state_bytes == 16 * second.count.total
+    with_muon = planned(DEEPER, ROUTED, is_muon=True)[1]
+    assert with_muon.state_bytes == 16 * second.count.total - 4 * second.count.non_embedding
 
 
 def test_what_only_the_run_can_tell_is_left_open() -> None:
