@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 SOURCE = {"dim": 96, "num_layers": 2, "num_heads": 2}
 TARGET = {"dim": 192, "num_layers": 4, "num_heads": 4}
@@ -32,6 +32,7 @@ class Plan:
         steps: of an arm from scratch.
         grow_at: where an arm that grows leaves its source.
         after: from there to its end.
+        longer: of the small model that is trained as long as the large one in seconds, at least.
         decay: steps of the learning rate's decay at the end of every arm; before it the rate is constant.
         every: from one validation to the next.
         batch_size, seq_len: rows and tokens of a step.
@@ -40,6 +41,7 @@ class Plan:
     steps: int = 1800
     grow_at: int = 900
     after: int = 1200
+    longer: int = 3900
     decay: int = 180
     every: int = 30
     batch_size: int = 4
@@ -60,8 +62,8 @@ class Arm:
     source: str | None = None
     rival: str = "scratch"
     """the arm from scratch that it is compared with"""
-    is_longer: bool = False
-    """it has the steps of an arm that grows, though it does not grow"""
+    length: Literal["steps", "grown", "longer"] = "grown"
+    """which of the plan's lengths it has"""
 
     @property
     def end(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Arm:
 
     def num_steps(self, plan: Plan) -> int:
         """Of the whole run, its source's part included."""
-        return plan.grow_at + plan.after if self.source or self.is_longer else plan.steps
+        return {"steps": plan.steps, "grown": plan.grow_at + plan.after, "longer": plan.longer}[self.length]
 
     def checkpoint(self, step: int, seed: int, folder: Path) -> Path:
         """Where its state after a step lies."""
@@ -84,9 +86,10 @@ class Arm:
 def all_arms() -> dict[str, Arm]:
     """By name; an arm's source comes before it, and what matters most comes first."""
     arms = [
-        Arm("source, continued", SOURCE, is_longer=True),
-        Arm("scratch", TARGET),
-        Arm("MoE, scratch", {**TARGET, "moe": MOE}, rival="MoE, scratch"),
+        Arm("source, continued", SOURCE),
+        Arm("scratch", TARGET, length="steps"),
+        Arm("MoE, scratch", {**TARGET, "moe": MOE}, rival="MoE, scratch", length="steps"),
+        Arm("source, longer", SOURCE, source="source, continued", length="longer"),
     ]
     for name, stage in UPCYCLES.items():
         arms.append(Arm(f"upcycle, {name}", TARGET, stage, "scratch", "MoE, scratch"))
