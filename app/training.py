@@ -1,6 +1,7 @@
 """`fit` and `validate`: LightningCLI with growmoe's parts, and every check that comes before a run writes anything."""
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import DoublePrecision
 
 from app import checkpoint as store
 from app.checkpoint_io import DirectoryCheckpointIO
@@ -20,6 +22,7 @@ from app.plan import PlannedStage, plan_stages
 from app.resume import choose_checkpoint
 from app.run_log import RunLog
 from app.start import start_from
+from app.strategies import ExpertParallelStrategy
 from app.wandb_log import WandbSettings, start_wandb
 from callbacks.checkpointing import Checkpointing
 from callbacks.console import Console
@@ -41,6 +44,7 @@ from modules.jsonl import append_jsonl
 from modules.language_model import LanguageModel
 from modules.mixture import MoELM  # noqa: F401
 from modules.moe_config import check_groups
+from modules.world import world_of
 
 VOCABULARY = "model.init_args.architecture.vocab_size"
 CONFIGURABLE = {
@@ -113,11 +117,18 @@ class TrainingCLI(LightningCLI):
         ours = training if self.subcommand == "fit" else [parts["console"]]
         settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
         settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
+        if settings["strategy"] == "auto" and _num_processes(settings) > 1:
+            settings["strategy"] = ExpertParallelStrategy()
+        if isinstance(settings["strategy"], ExpertParallelStrategy) and settings["precision"] in ("64", "64-true"):
+            settings["precision"] = None  # Lightning refuses it by the strategy's base class, and takes the plugin
+            settings["plugins"].append(DoublePrecision())
         self.extra_loggers = settings["logger"]
         settings["logger"] = False
         if self.subcommand != "fit":
             settings["enable_checkpointing"] = False
-        return pl.Trainer(**settings)
+        trainer = pl.Trainer(**settings)
+        _check_strategy(trainer)
+        return trainer
 
     # -- fit -----------------------------------------------------------------------------------------------------------
 
@@ -201,7 +212,8 @@ class TrainingCLI(LightningCLI):
     @property
     def _tokens_per_step(self) -> int:
         """Of one optimizer step, on all ranks."""
-        rows = self.datamodule.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        ranks = world_of(self.trainer).data_ranks
+        rows = self.datamodule.batch_size * ranks * self.trainer.accumulate_grad_batches
         return rows * self.datamodule.seq_len
 
     def _checked_steps(self) -> int:
@@ -219,6 +231,8 @@ class TrainingCLI(LightningCLI):
             model.initial_architecture, self.trainer.max_steps, self._tokens_per_step, model.applied_transitions
         )
         for architecture in architectures:
+            if isinstance(self.trainer.strategy, ExpertParallelStrategy):
+                self.trainer.strategy.layout_of(architecture)
             check_groups(architecture.moe, data.batch_size * data.seq_len)
         return architectures
 
@@ -320,6 +334,29 @@ def run(arguments: Sequence[str], cli: type[TrainingCLI] = TrainingCLI) -> None:
     )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # its threads abort a process that ends with them running
+
+
+def _num_processes(settings: dict[str, Any]) -> int:
+    """Of the whole run: those of the launcher, or those that Lightning is going to start."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    devices = settings["devices"]
+    if devices in ("auto", -1, "-1"):
+        devices = torch.cuda.device_count() if settings["accelerator"] in ("auto", "gpu", "cuda") else 1
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return max(1, count) * settings["num_nodes"]
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    """Refuse strategies of Lightning's for many processes: they average gradients, and keep models from growing."""
+    if isinstance(trainer.strategy, ExpertParallelStrategy):
+        trainer.strategy.layout_of()
+    elif trainer.world_size > 1:
+        name = type(trainer.strategy).__name__
+        raise InputError(
+            f"trainer.strategy={name} does not train {trainer.world_size} processes as one; leave it out for "
+            "ExpertParallelStrategy, whose dp_replicate, dp_shard, ep and tp say who holds what"
+        )
 
 
 def _write_history(path: Path, records: list[dict[str, Any]]) -> None:

@@ -75,7 +75,7 @@ class Checkpointing(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, name: str) -> Path:
         path = _folder(trainer) / name
-        if not path.exists():  # it is there when the run was resumed from this very state
+        if not trainer.strategy.broadcast(path.exists()):  # it is there when the run was resumed from this very state
             trainer.save_checkpoint(path)
         return path
 

@@ -9,14 +9,12 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from callbacks.cadence import starts_step, tokens_seen
 from modules.config import ModelConfig
 from modules.errors import InputError
-from modules.functional.losses import linear_cross_entropy
 from modules.growth.stage import GrowthStage, Plateau
 from modules.growth.transition import (
     Grown,
@@ -95,14 +93,6 @@ class Growth(pl.Callback):
             )
         return architectures
 
-    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
-        """Refuse what a transition would break."""
-        if self.stages and isinstance(trainer.strategy, DDPStrategy):
-            raise InputError(
-                "strategy DDP keeps its own copy of the parameters and cannot grow with the model; "
-                "use trainer.devices=1, or remove the growth stages"
-            )
-
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: LanguageModel, batch: Any, batch_idx: int) -> None:
         """Apply the stages that are due; the batch at hand is then the new network's first."""
         if not starts_step(trainer, batch_idx):
@@ -124,7 +114,7 @@ class Growth(pl.Callback):
         """Watch the validation loss for a stage that waits for its plateau."""
         plateau = self._plateau(pl_module)
         if plateau is not None and not trainer.sanity_checking:
-            loss = trainer.strategy.reduce(trainer.callback_metrics["val/loss"]).item()
+            loss = trainer.callback_metrics["val/loss"].item()
             self._progress.see(loss, plateau, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,8 +185,10 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
     assert old is not None
     held = trainer.strategy.batch_to_device(trainer.datamodule.held_batch())
     before = _Probe(pl_module, held)
-    source = network_source(old, _named_optimizer_state(trainer, old), pl_module.factors)
-    grown = apply_stage(source, stage, pl_module.device)
+    world = pl_module.world
+    world.settle(old)
+    source = network_source(old, _named_optimizer_state(trainer, old), pl_module.factors, world)
+    grown = apply_stage(source, stage, pl_module.device, world)
     pl_module.set_network(grown.network, grown.factors, stage.identity)
     _exchange_optimizer(trainer, grown)
     after = _Probe(pl_module, held)
@@ -226,7 +218,7 @@ class _Probe:
         network.train(pl_module.training)
         self.hidden_TD = hidden_BLD.flatten(0, 1)
         targets_T = held["tokens"][:, 1:].flatten()
-        total, _ = linear_cross_entropy(self.hidden_TD, network.head_weight, targets_T, pl_module.loss_chunk_rows)
+        total, _ = network.cross_entropy(self.hidden_TD, targets_T, pl_module.loss_chunk_rows)
         self.loss = (total / len(targets_T)).item()
         self.largest = max(logits.abs().max().item() for logits in self._logits())
 

@@ -5,6 +5,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from callbacks.cadence import finished_step
 from modules.language_model import LanguageModel
@@ -30,8 +31,16 @@ class StopOnSignal(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ask the trainer to stop; the checkpoint callback, which comes later, saves first."""
-        if self.received is not None and finished_step(trainer):
+        """Ask the trainer to stop; the checkpoint callback, which comes later, saves first.
+
+        Of several processes all stop behind the same step, whichever was told to.
+        """
+        if not finished_step(trainer):
+            return
+        if trainer.world_size > 1:
+            heard = torch.tensor(self.received or 0, device=pl_module.device)
+            self.received = int(trainer.strategy.reduce(heard, reduce_op="max")) or None
+        if self.received is not None:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # Lightning would validate before it stops, and a grace period is short
 

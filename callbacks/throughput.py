@@ -63,7 +63,7 @@ class Throughput(pl.Callback):
     def _collect(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, float]:
         seconds = statistics.median(later - earlier for earlier, later in pairwise(self._starts))
         dm = trainer.datamodule
-        tokens = dm.batch_size * dm.seq_len * trainer.accumulate_grad_batches * trainer.world_size
+        tokens = dm.batch_size * dm.seq_len * trainer.accumulate_grad_batches * pl_module.world.data_ranks
         metrics = {"perf/step_ms": 1000 * seconds, "perf/tokens_per_s": tokens / seconds}
         metrics["memory/peak_mib"] = _peak_mib(pl_module.device)
         if self.peak_flops:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from callbacks.cadence import finished_step, is_log_step, tokens_seen
 from modules.language_model import LanguageModel, growth_metrics, log_metrics
+from modules.world import ONE_PROCESS, World
 
 
 class TrainingLog(pl.Callback):
@@ -20,6 +21,8 @@ class TrainingLog(pl.Callback):
         self.latest_metrics: dict[str, float] = {}
         self._samples: list[int] = []
         self._counts: Tensor | None = None
+        self._new: Tensor | None = None
+        self._world: World = ONE_PROCESS
         self._sums: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -27,17 +30,18 @@ class TrainingLog(pl.Callback):
         log_metrics(trainer, growth_metrics(pl_module) | {"data/tokens": tokens_seen(trainer)})
         saved = self._samples or [0] * len(trainer.datamodule.languages)
         self._counts = torch.tensor(saved, device=pl_module.device)
+        self._new = torch.zeros_like(self._counts)
+        self._world = pl_module.world
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
         """Add up this micro-batch, and log at the end of a step that is to be logged."""
         num_languages = len(trainer.datamodule.languages)
-        assert self._counts is not None
+        assert self._new is not None
         samples = torch.bincount(batch["language"], minlength=num_languages)
-        self._counts += samples
+        self._new += samples
         losses = outputs["losses_BL"].mean(dim=1)
-        self._add("micro_batches", torch.ones_like(losses[0]))
         self._add("loss", outputs["lm_loss"])
         self._add("samples", samples)
         self._add("by_language", losses.new_zeros(num_languages).index_add_(0, batch["language"], losses))
@@ -53,8 +57,8 @@ class TrainingLog(pl.Callback):
         log_metrics(trainer, growth_metrics(pl_module) | drift)
 
     def state_dict(self) -> dict[str, Any]:
-        """Samples seen of each language."""
-        return {"samples": [] if self._counts is None else self._counts.tolist()}
+        """Samples seen of each language, by all processes."""
+        return {"samples": [] if self._counts is None else self._count_samples().tolist()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the counts of a checkpoint."""
@@ -63,18 +67,26 @@ class TrainingLog(pl.Callback):
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
 
+    def _count_samples(self) -> Tensor:
+        """Samples of each language so far, by all processes."""
+        assert self._counts is not None and self._new is not None
+        self._counts += self._world.sum_over_data(self._new)
+        self._new.zero_()
+        return self._counts
+
     def _collect(self, trainer: pl.Trainer, pl_module: LanguageModel) -> dict[str, float]:
-        dm, sums = trainer.datamodule, self._sums
+        dm, counts = trainer.datamodule, self._count_samples().tolist()
+        sums = {name: self._world.sum_over_data(value) for name, value in self._sums.items()}
+        micro_batches = trainer.accumulate_grad_batches
         metrics: dict[str, float] = {
-            "train/loss": (sums["loss"] / sums["micro_batches"]).item(),
+            "train/loss": (sums["loss"] / micro_batches).item(),
             "train/grad_norm": float(pl_module.grad_norm),
             "train/lr": pl_module.learning_rate,
             "data/tokens": tokens_seen(trainer),
             "growth/stage": pl_module.stage,
         }
-        assert self._counts is not None
         for i, language in enumerate(dm.languages):
-            metrics[f"data/tokens_{language}"] = int(self._counts[i]) * dm.seq_len * trainer.world_size
+            metrics[f"data/tokens_{language}"] = counts[i] * dm.seq_len
             if sums["samples"][i] > 0:
                 metrics[f"train/loss_{language}"] = (sums["by_language"][i] / sums["samples"][i]).item()
         return metrics

@@ -27,6 +27,7 @@ from datamodules.windows import (
     num_repeated,
 )
 from modules.errors import InputError
+from modules.world import world_of
 
 
 class TextDataModule(LightningDataModule):
@@ -297,7 +298,8 @@ class TextDataModule(LightningDataModule):
         return [FixedWindows(self._open("validation", names), self._format, self.val_samples) for names in by_language]
 
     def _place_in_world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        world = world_of(self.trainer)
+        return world.data_rank, world.data_ranks
 
     def _finished_batches(self) -> int:
         """Micro-batches of the run that are done; Lightning keeps the count over resumed parts."""

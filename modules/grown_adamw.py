@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.world import ONE_PROCESS, Region, World
+
 BIRTHS = "births"
 """Key of a parameter's optimizer state: a list of births, oldest first."""
 
@@ -27,7 +29,22 @@ _FORGOTTEN = 1e-6
 
 
 class GrownAdamW(torch.optim.AdamW):
-    """Torch's fused AdamW, and behind it a correction of the entries that are still young."""
+    """Torch's fused AdamW, and behind it a correction of the entries that are still young.
+
+    Where processes share parameters out, each of them updates its parts.
+    """
+
+    def __init__(self, groups: Iterable[Any], world: World = ONE_PROCESS, **settings: Any) -> None:
+        self.world = world
+        super().__init__(groups, **settings)
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        """Collects what torch's update works on: parameters, gradients, moments and step counts."""
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            if isinstance(tensors, list):
+                tensors[:] = [self.world.local(tensor) for tensor in tensors]
+        return has_complex
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -37,29 +54,38 @@ class GrownAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()  # first: it makes the gradients
         young = [(group, p) for group in self.param_groups for p in group["params"] if self._is_young(p)]
-        before = [[(box, parameter[box].clone()) for box in _boxes_of(self.state[parameter])] for _, parameter in young]
+        before = [[self._part(parameter)[box].clone() for box in self._young_boxes(parameter)] for _, parameter in young]
         super().step()
-        for (group, parameter), boxes in zip(young, before, strict=True):
-            self._correct(group, parameter, boxes)
+        for (group, parameter), entries in zip(young, before, strict=True):
+            self._correct(group, parameter, entries)
         return loss
 
     def _is_young(self, parameter: Tensor) -> bool:
         return parameter.grad is not None and bool(self.state.get(parameter, {}).get(BIRTHS))
 
-    def _correct(self, group: Mapping[str, Any], parameter: Tensor, before: list[tuple[Box, Tensor]]) -> None:
+    def _part(self, tensor: Tensor) -> Tensor:
+        return self.world.local(tensor)
+
+    def _young_boxes(self, parameter: Tensor) -> Iterator[Box]:
+        """Where this process's young entries are, birth by birth."""
+        for birth in self.state[parameter][BIRTHS]:
+            yield from _boxes(parameter.shape, birth["old"], self.world.region(parameter))
+
+    def _correct(self, group: Mapping[str, Any], parameter: Tensor, before: list[Tensor]) -> None:
         """Write the young entries again, from what they were before the step; later births overrule earlier ones."""
         state = self.state[parameter]
         count, (beta1, beta2), lr = float(state["step"]), group["betas"], group["lr"]
+        moments, part, region = (state["exp_avg"], state["exp_avg_sq"]), self._part(parameter), self.world.region(parameter)
+        averages, squares = map(self._part, moments)
         remaining = iter(before)
         for birth in state[BIRTHS]:
             age = count - birth["step"]
             rate = lr * warm_up_factor(birth, age)
-            for _ in _boxes(parameter.shape, birth["old"]):
-                box, old = next(remaining)
-                first = state["exp_avg"][box] / (1 - beta1**age)
-                second = state["exp_avg_sq"][box] / (1 - beta2**age)
+            for box, old in zip(_boxes(parameter.shape, birth["old"], region), remaining, strict=False):
+                first = averages[box] / (1 - beta1**age)
+                second = squares[box] / (1 - beta2**age)
                 update = first / second.sqrt_().add_(group["eps"])
-                parameter[box] = old.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
+                part[box] = old.mul_(1 - rate * group["weight_decay"]).sub_(update, alpha=rate)
         state[BIRTHS] = [birth for birth in state[BIRTHS] if not is_grown_up(birth, count, max(beta1, beta2))]
 
 
@@ -86,16 +112,26 @@ def is_grown_up(birth: Mapping[str, Any], count: float, beta: float) -> bool:
     return beta**age < _FORGOTTEN and age >= 2 * birth["steps"]
 
 
-def _boxes_of(state: Mapping[str, Any]) -> Iterator[Box]:
-    for birth in state[BIRTHS]:
-        yield from _boxes(state["exp_avg"].shape, birth["old"])
+def _boxes(shape: torch.Size, old: list[int | list[int]], region: Region | None = None) -> Iterator[Box]:
+    """Blocks that together are all of a tensor but what is old along every axis; of a part of it, by the places there.
 
-
-def _boxes(shape: torch.Size, old: list[int | list[int]]) -> Iterator[Box]:
-    """Blocks that together are all of a tensor but what is old along every axis."""
+    Args:
+        region: the part.
+    """
     for axis, (kept, size) in enumerate(zip(old, shape, strict=True)):
         if (kept if isinstance(kept, int) else len(kept)) < size:
             inside = (slice(0, before) if isinstance(before, int) else before for before in old[:axis])
             behind = (slice(None) for _ in old[axis + 1 :])
             new = slice(kept, None) if isinstance(kept, int) else sorted(set(range(size)) - set(kept))
-            yield (*inside, new, *behind)
+            box = (*inside, new, *behind)
+            yield box if region is None else tuple(map(_inside, box, region))
+
+
+def _inside(places: slice | list[int], interval: slice) -> slice | list[int]:
+    """Places along an axis that lie in an interval, counted from its beginning."""
+    begin, end = interval.start, interval.stop
+    if isinstance(places, list):
+        return [place - begin for place in places if begin <= place < end]
+    start = min(max(places.start or 0, begin), end)
+    stop = end if places.stop is None else max(start, min(places.stop, end))
+    return slice(start - begin, stop - begin)

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from modules.config import CHECKPOINT_KEY, ModelConfig, describe_differences
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
-from modules.functional.losses import linear_cross_entropy
 from modules.functional.routing import RoutingStats
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
@@ -31,6 +30,7 @@ from modules.optim import (
 )
 from modules.routing_balance import RoutingBalance
 from modules.weights import Weights
+from modules.world import ONE_PROCESS, World, fill, world_of
 
 
 class LanguageModel(pl.LightningModule):
@@ -85,10 +85,17 @@ class LanguageModel(pl.LightningModule):
         """Build the network of the current architecture: the initial one, or that of the checkpoint being resumed."""
         if self.network is not None:
             return
-        self.network = Transformer(self.architecture)
-        if self._start_weights is not None:
-            self.network.load_state_dict(dict(self._start_weights.items()))
-            self._start_weights = None
+        with torch.device("meta"):
+            self.network = Transformer(self.architecture)
+        self.world.place(self.network, self._memory_device)
+        values = self.network.initial_values() if self._start_weights is None else self._start_weights.items()
+        fill(self.world, self.network, values)
+        self._start_weights = None
+
+    @property
+    def world(self) -> World:
+        """The processes that train together."""
+        return world_of(self._trainer)
 
     def begin_with(self, record: Mapping[str, Any], weights: Weights) -> None:
         """Start with the model of another checkpoint: its record, and its weights, which are read when they are needed.
@@ -185,7 +192,7 @@ class LanguageModel(pl.LightningModule):
         """The optimizer of the present network, and the schedule over the run's steps."""
         total_steps = self.trainer.max_steps
         self.schedule_config.check_total(total_steps)
-        optimizer = build_optimizer(self._net, self.optimizer_config, self.factors)
+        optimizer = build_optimizer(self._net, self.optimizer_config, self.factors, self.world)
         scheduler = build_scheduler(optimizer, self.schedule_config, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -193,18 +200,22 @@ class LanguageModel(pl.LightningModule):
         """A resumed run follows the optimizer settings of its configuration, also where they have changed."""
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         assert isinstance(scheduler, LambdaLR)
-        wanted = build_optimizer(self._net, self.optimizer_config, self.factors)
+        wanted = build_optimizer(self._net, self.optimizer_config, self.factors, self.world)
         apply_settings(self.trainer.optimizers[0], scheduler, wanted)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Language-model loss plus the weighted routing losses; the parts are returned for those who watch."""
+        """Language-model loss plus the weighted routing losses; the parts are returned for those who watch.
+
+        Of several processes each has its share of the losses of all: their sum is the loss of one with all samples.
+        """
         total, losses_BL, stats = self.token_losses(batch)
-        lm_loss = total / losses_BL.numel()
+        share = self.world.share(losses_BL.numel(), total)
+        lm_loss = total / losses_BL.numel() * share
         outputs: dict[str, Tensor] = {"losses_BL": losses_BL}
         loss = lm_loss
         if stats:
             assert self.architecture.moe is not None
-            auxiliary_loss, watched = self._balance.losses(self.architecture.moe, stats, self._sum_over_ranks)
+            auxiliary_loss, watched = self._balance.losses(self.architecture.moe, stats, self.world, share)
             loss = loss + auxiliary_loss
             outputs |= watched
         return outputs | {"loss": loss, "lm_loss": lm_loss.detach()}
@@ -215,18 +226,13 @@ class LanguageModel(pl.LightningModule):
         hidden_BLD, stats = self._net(
             inputs_BL, position_ids_BL=batch.get("position_ids"), document_ids_BL=batch.get("document_ids")
         )
-        total, losses_T = linear_cross_entropy(
-            hidden_BLD.flatten(0, 1), self._net.head_weight, targets_BL.flatten(), self.loss_chunk_rows
-        )
+        total, losses_T = self._net.cross_entropy(hidden_BLD.flatten(0, 1), targets_BL.flatten(), self.loss_chunk_rows)
         return total, losses_T.view_as(targets_BL), stats
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; then move the selection biases towards an even load, and begin to count the next step's choices."""
         super().optimizer_step(*args, **kwargs)
-        self._balance.end_step(self.architecture.moe, self._net.routed_layers(), self._sum_over_ranks)
-
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        self._balance.end_step(self.architecture.moe, self._net.routed_layers(), self.world)
 
     def configure_gradient_clipping(
         self,
@@ -239,7 +245,7 @@ class LanguageModel(pl.LightningModule):
         Raises:
             FloatingPointError: the norm is not finite; the parameters are still those of the step before.
         """
-        self.grad_norm = clip_gradients(self._net.parameters(), gradient_clip_val)
+        self.grad_norm = clip_gradients(self._net.parameters(), gradient_clip_val, self.world)
         if not torch.isfinite(self.grad_norm):
             raise FloatingPointError(
                 f"the gradient norm is {self.grad_norm.item()} after {self.trainer.global_step} finished steps; the "
@@ -253,7 +259,7 @@ class LanguageModel(pl.LightningModule):
         languages = self.trainer.datamodule.languages
         self.bits_per_byte = [BitsPerByte().to(self.device) for _ in languages]
         self._validation_nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._validation_tokens = 0
+        self._validation_tokens = torch.zeros_like(self._validation_nats)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch of one language (one loader each)."""
@@ -265,15 +271,22 @@ class LanguageModel(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the loss per token over all languages, and bits per byte of each."""
         languages = self.trainer.datamodule.languages
+        measured = torch.stack((self._validation_nats, self._validation_tokens))
+        nats, tokens = self.world.sum_over_data(measured).tolist()
         metrics = {
             f"val/bpb_{language}": meter.compute().item()
             for language, meter in zip(languages, self.bits_per_byte, strict=True)
         }
-        metrics["val/loss"] = self._validation_nats.item() / max(1, self._validation_tokens)
+        metrics["val/loss"] = nats / max(1, tokens)
         self.log_dict(metrics, logger=False)
         if not self.trainer.sanity_checking:
             log_metrics(self.trainer, metrics)
         self.bits_per_byte = []
+
+    @property
+    def _memory_device(self) -> torch.device:
+        """Where a network gets its memory; one process first makes it on the CPU."""
+        return torch.device("cpu") if self.world is ONE_PROCESS else self.trainer.strategy.root_device
 
     @property
     def _net(self) -> Transformer:

@@ -26,7 +26,10 @@ orthogonal matrix [A, B] has a root mean square of 1 / sqrt(max(A, B))."""
 
 
 class MuonAdamW(GrownAdamW):
-    """Muon for the groups whose `is_muon` is true, `GrownAdamW` for the others."""
+    """Muon for the groups whose `is_muon` is true, `GrownAdamW` for the others.
+
+    Where processes share parameters out, each of them orthogonalizes whole matrices, and keeps its part of the update.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -56,14 +59,16 @@ class MuonAdamW(GrownAdamW):
         state["step"] += 1
         momentum = group["momentum"]
         buffer = state[MOMENTUM].lerp_(grad, 1 - momentum)
-        update = orthogonalized(grad.lerp(buffer, momentum))
+        region = self.world.region(parameter)
+        update = orthogonalized(self.world.whole(grad.lerp(buffer, momentum)))
         rate = group["lr"]
         if state.get(BIRTHS):
             count = float(state["step"])
-            rate = rate * warmed_rates(parameter, state[BIRTHS], count)
+            rate = rate * warmed_rates(torch.empty_like(update, dtype=parameter.dtype), state[BIRTHS], count)[region]
             state[BIRTHS] = [birth for birth in state[BIRTHS] if not is_grown_up(birth, count, momentum)]
         size = ADAMW_SIZE * max(parameter.shape[-2:]) ** 0.5
-        parameter.mul_(1 - rate * group["weight_decay"]).sub_(update.to(parameter.dtype).mul_(size * rate))
+        update = update[region].to(parameter.dtype) * (size * rate)
+        self.world.local(parameter).mul_(1 - rate * group["weight_decay"]).sub_(update)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from modules.errors import InputError, require_positive
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.grown_adamw import GrownAdamW
 from modules.muon import MuonAdamW, is_hidden_matrix
+from modules.world import ONE_PROCESS, World
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ def factor_record(factors: Mapping[str, ParameterFactors]) -> dict[str, list[flo
     return {name: list(astuple(factor)) for name, factor in factors.items()}
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, factors: Mapping[str, ParameterFactors]) -> GrownAdamW:
+def build_optimizer(
+    network: nn.Module,
+    config: OptimizerConfig,
+    factors: Mapping[str, ParameterFactors],
+    world: World = ONE_PROCESS,
+) -> GrownAdamW:
     """The optimizer, its groups by rule and settings; matrices (two dimensions or more) decay, gains and biases do not.
 
     The order of groups and of parameters in them is a function of names and factors alone, so that a saved state fits
@@ -90,7 +96,7 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, factors: Mappin
         for (is_muon, decays, factor), named in members.items()
     ]
     optimizer = MuonAdamW if config.kind == "muon" else GrownAdamW
-    return optimizer(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return optimizer(groups, world, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
@@ -123,10 +129,16 @@ def apply_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, wanted
     continue_scheduler(scheduler, scheduler.last_epoch)
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None, world: World = ONE_PROCESS) -> Tensor:
     """Scale gradients so that their global norm is at most `max_norm` (None: leave them); returns the norm before."""
-    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in with_grad if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = world.gradient_norm(gradients)
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+        factor = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+        torch._foreach_mul_([world.local(gradient) for gradient in gradients], factor)
     return norm
+
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm, as torch does."""

@@ -3,6 +3,7 @@
 Letters: T tokens, D model, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ CACHED_ROWS = 32
 """Rows of logits that go through softmax together on a CPU: 4 MB in float32 at 32,000 words."""
 
 
+LossesAndGradient = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""From logits, targets and a wide type to losses; the logits become the gradient of their sum."""
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are formed chunk by chunk in the forward pass, so that no chunk's logits outlive it.
 
@@ -25,7 +30,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_rows: int
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        chunk_rows: int,
+        losses_and_gradient: LossesAndGradient,
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
@@ -37,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_T), chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = hidden_TD[rows] @ weight_VD.T
-            losses_T[rows] = _losses_and_gradient(logits, targets_T[rows], wide)
+            losses_T[rows] = losses_and_gradient(logits, targets_T[rows], wide)
             slope = logits  # which is now the gradient, but for rows that count for nothing
             if hidden_grad is not None:
                 torch.mm(slope, weight_VD, out=hidden_grad[rows]).mul_(counts_T1[rows])
@@ -50,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         scale = grads[0]
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
@@ -58,32 +68,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
-def linear_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk_rows: int = 1024
-) -> tuple[Tensor, Tensor]:
-    """Sum of the targets' negative log-likelihoods under softmax(hidden @ weight.T), in nats.
-
-    Args:
-        hidden_TD: final hidden states; under autocast they are cast to its type, as a linear layer's input would be.
-        weight_VD: the output head, which is cast to the type of hidden states.
-        targets_T: target ids; `IGNORE_INDEX` counts for nothing.
-        chunk_rows: rows whose logits exist at one time.
-
-    Returns:
-        The sum (float32 or wider, differentiable) and the loss of each token (detached).
-    """
-    device_type = hidden_TD.device.type
-    if torch.is_autocast_enabled(device_type):
-        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device_type))
-    with torch.autocast(device_type, enabled=False):
-        total, losses_T = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, chunk_rows)
-    return total, losses_T.detach()
-
-
-def _losses_and_gradient(logits_TV: Tensor, targets_T: Tensor, wide: torch.dtype) -> Tensor:
+def losses_and_gradient(logits_TV: Tensor, targets_T: Tensor, wide: torch.dtype) -> Tensor:
     """The rows' losses; their logits are overwritten by the gradient of the losses, softmax minus one-hot.
 
     A few rows at a time, in `wide`, so that on a CPU all passes but the first read from its cache. The largest logit
@@ -101,3 +90,32 @@ def _losses_and_gradient(logits_TV: Tensor, targets_T: Tensor, wide: torch.dtype
         gradient.scatter_add_(1, target_T1, gradient.new_full((), -1.0).expand(len(gradient), 1))
         logits_TV[rows] = gradient
     return losses_T.masked_fill_(targets_T == IGNORE_INDEX, 0.0)
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    chunk_rows: int = 1024,
+    losses_and_gradient: LossesAndGradient = losses_and_gradient,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the targets' negative log-likelihoods under softmax(hidden @ weight.T), in nats.
+
+    Args:
+        hidden_TD: final hidden states; under autocast they are cast to its type, as a linear layer's input would be.
+        weight_VD: the output head, which is cast to the type of hidden states.
+        targets_T: target ids; `IGNORE_INDEX` counts for nothing.
+        chunk_rows: rows whose logits exist at one time.
+        losses_and_gradient: of a chunk's logits; another one where no process has the logits of all words.
+
+    Returns:
+        The sum (float32 or wider, differentiable) and the loss of each token (detached).
+    """
+    device_type = hidden_TD.device.type
+    if torch.is_autocast_enabled(device_type):
+        hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device_type))
+    with torch.autocast(device_type, enabled=False):
+        total, losses_T = _ChunkedCrossEntropy.apply(
+            hidden_TD, weight_VD, targets_T, chunk_rows, losses_and_gradient
+        )
+    return total, losses_T.detach()

@@ -24,6 +24,7 @@ from modules.growth.width import Widen
 from modules.layers.transformer import Transformer
 from modules.muon import MOMENTUM
 from modules.optim import ParameterFactors
+from modules.world import ONE_PROCESS, World, fill
 
 DRIFT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 """What rounding may change of a logit in an exact transition, as a share of the largest logit (or of 1)."""
@@ -96,15 +97,21 @@ class Grown:
     state: dict[str, dict[str, Any]]
 
 
-def apply_stage(source: ParameterSource, stage: GrowthStage, device: torch.device | str) -> Grown:
-    """Grow by one stage: weights always, factors and optimizer state where they are mapped."""
+def apply_stage(
+    source: ParameterSource, stage: GrowthStage, device: torch.device | str, world: World = ONE_PROCESS
+) -> Grown:
+    """Grow by one stage: weights always, factors and optimizer state where they are mapped.
+
+    Args:
+        world: of several processes, all grow whole parameters, one at a time, and each keeps its part.
+    """
     transition = build_transition(source, stage)
-    network = materialize(transition.grown, device)
-    return Grown(transition, network, *optimizer_parts(transition, stage, network))
+    network = materialize(transition.grown, device, world)
+    return Grown(transition, network, *optimizer_parts(transition, stage, network, world))
 
 
 def optimizer_parts(
-    transition: Transition, stage: GrowthStage, network: nn.Module
+    transition: Transition, stage: GrowthStage, network: nn.Module, world: World = ONE_PROCESS
 ) -> tuple[dict[str, ParameterFactors], dict[str, dict[str, Any]]]:
     """Factors and optimizer state of the grown network's parameters; none when the stage resets them.
 
@@ -113,7 +120,7 @@ def optimizer_parts(
     """
     if stage.optimizer_state == "reset":
         return {}, {}
-    return grown_factors(transition.grown, network), grown_state(transition.grown, network)
+    return grown_factors(transition.grown, network), grown_state(transition.grown, network, world)
 
 
 def describe_transition(
@@ -153,11 +160,14 @@ def check_drift(transition: Transition, drift: float, largest: float, dtype: tor
 
 
 def network_source(
-    network: Transformer, state: Mapping[str, Mapping[str, Any]], factors: Mapping[str, ParameterFactors]
+    network: Transformer,
+    state: Mapping[str, Mapping[str, Any]],
+    factors: Mapping[str, ParameterFactors],
+    world: World = ONE_PROCESS,
 ) -> TensorSource:
     """A network and its optimizer state (by parameter name) as the start of a chain."""
     weights = network.state_dict()  # parameters, and the buffers that checkpoints hold
-    return tensor_source(network.config, lambda name: weights[name].detach(), state, factors)
+    return tensor_source(network.config, lambda name: weights[name].detach(), state, factors, world)
 
 
 def tensor_source(
@@ -165,6 +175,7 @@ def tensor_source(
     read_weight: Callable[[str], Tensor],
     state: Mapping[str, Mapping[str, Any]],
     factors: Mapping[str, ParameterFactors],
+    world: World = ONE_PROCESS,
 ) -> TensorSource:
     """Weights that are read by name, and optimizer state by parameter name, as the start of a chain."""
 
@@ -172,25 +183,25 @@ def tensor_source(
         if not state.get(name):
             return None
         saved = state[name]
-        first, second = (saved[MOMENTUM], None) if MOMENTUM in saved else (saved["exp_avg"], saved["exp_avg_sq"])
+        names = (MOMENTUM,) if MOMENTUM in saved else ("exp_avg", "exp_avg_sq")
+        first, second = (*(world.whole(saved[moment]) for moment in names), None)[:2]
         return Moments(first, second, float(saved["step"]), tuple(saved.get(BIRTHS, ())))
 
     return TensorSource(
         config,
-        read_weight=read_weight,
+        read_weight=lambda name: world.whole(read_weight(name)),
         read_moments=read_moments,
         read_factors=lambda name: factors.get(name, ParameterFactors()),
     )
 
 
 @torch.no_grad()
-def materialize(grown: ParameterSource, device: torch.device | str) -> Transformer:
+def materialize(grown: ParameterSource, device: torch.device | str, world: World = ONE_PROCESS) -> Transformer:
     """A network with the grown parameters; no random number is drawn from the global generators."""
     with torch.device("meta"):
-        network = Transformer(grown.config)
-    network.to_empty(device=device).to(grown.weight("final_norm.weight").dtype)
-    for name, tensor in network.state_dict().items():
-        tensor.copy_(grown.weight(name))
+        network = Transformer(grown.config).to(grown.weight("final_norm.weight").dtype)
+    world.place(network, torch.device(device))
+    fill(world, network, ((name, grown.weight(name)) for name in network.state_dict()))
     return network
 
 
@@ -201,7 +212,9 @@ def grown_factors(grown: ParameterSource, network: nn.Module) -> dict[str, Param
 
 
 @torch.no_grad()
-def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[str, Any]]:
+def grown_state(
+    grown: ParameterSource, network: nn.Module, world: World = ONE_PROCESS
+) -> dict[str, dict[str, Any]]:
     """The optimizer's state of the grown network, by parameter name; parameters that start afresh are left out."""
     state: dict[str, dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
@@ -209,15 +222,12 @@ def grown_state(grown: ParameterSource, network: nn.Module) -> dict[str, dict[st
         if moments is not None:
             first, second = moments.first, moments.second
             tensors = {MOMENTUM: first} if second is None else {"exp_avg": first, "exp_avg_sq": second}
-            state[name] = {key: _like(tensor, parameter) for key, tensor in tensors.items()}
-            state[name]["step"] = _like(torch.tensor(moments.step, dtype=torch.float32), parameter)
+            state[name] = {key: world.part(tensor, parameter) for key, tensor in tensors.items()}
+            count = torch.tensor(moments.step, dtype=torch.float32)
+            state[name]["step"] = count if parameter.is_meta else count.to(parameter.device, parameter.dtype)
             if moments.births:
                 state[name][BIRTHS] = [dict(birth) for birth in moments.births]
     return state
-
-
-def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    return tensor.contiguous() if parameter.is_meta else tensor.to(parameter).contiguous()
 
 
 def _wider_config(start: ModelConfig, target: GrowthTarget) -> ModelConfig:

@@ -3,8 +3,8 @@
 Letters: T tokens, D model, E experts, K experts per token, R rows that experts work on, N places that are added up.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ class Dispatch:
         rows_N: the rows of token 0, then those of token 1, ...
         offsets_T: where each token's rows begin in `rows_N`.
         live_N: 1 where a place of `rows_N` counts, 0 where it stands for a dropped choice; None when all count.
+        slots: the rows of each expert, where all have equally many whatever the loads.
     """
 
     token_ids_R: Tensor
@@ -36,6 +37,7 @@ class Dispatch:
     rows_N: Tensor
     offsets_T: Tensor
     live_N: Tensor | None = None
+    slots: int | None = None
 
 
 def dispatch_all(choice: Choice, num_experts: int, row_multiple: int = 1) -> Dispatch:
@@ -63,7 +65,8 @@ def dispatch_to_slots(choice: Choice, positions_TK: Tensor, num_experts: int, gr
     row_N = ((choice.expert_ids_TK * num_groups + group_T1) * slots + positions_TK).flatten()
     kept_N = (positions_TK < slots).flatten()
     counts_E = torch.full((num_experts,), num_groups * slots, device=row_N.device)
-    return _rows_at(choice, row_N, kept_N, num_experts * num_groups * slots, counts_E)
+    plan = _rows_at(choice, row_N, kept_N, num_experts * num_groups * slots, counts_E)
+    return replace(plan, slots=num_groups * slots)
 
 
 def dispatch_chosen(choice: ExpertChoice, num_tokens: int) -> Dispatch:
@@ -77,15 +80,28 @@ def dispatch_chosen(choice: ExpertChoice, num_tokens: int) -> Dispatch:
         counts_E=torch.full((num_experts,), num_groups * slots, device=rows_N.device),
         rows_N=rows_N,
         offsets_T=torch.searchsorted(sorted_N, torch.arange(num_tokens, device=rows_N.device)),
+        slots=num_groups * slots,
     )
 
 
-class LocalDispatcher:
-    """Rows go to experts of the same process: the seam where expert parallelism exchanges them instead."""
+class Dispatcher(Protocol):
+    """How rows come to experts and back: the seam where expert parallelism exchanges them between processes."""
 
-    def dispatch(self, hidden_TD: Tensor, plan: Dispatch) -> Tensor:
+    def dispatch(self, hidden_TD: Tensor, plan: Dispatch) -> tuple[Tensor, Tensor, Any]:
+        """Rows for the experts at hand, sorted by expert; how many each of them has; and what `combine` needs."""
+        ...
+
+    def combine(self, rows_RD: Tensor, context: Any) -> Tensor:
+        """Add the outputs for each token up [T, D], multiplied by their gates."""
+        ...
+
+
+class LocalDispatcher:
+    """Rows go to experts of the same process."""
+
+    def dispatch(self, hidden_TD: Tensor, plan: Dispatch) -> tuple[Tensor, Tensor, Dispatch]:
         """Copy tokens into rows [R, D], sorted by expert."""
-        return _Gather.apply(hidden_TD, plan)
+        return _Gather.apply(hidden_TD, plan), plan.counts_E, plan
 
     def combine(self, rows_RD: Tensor, plan: Dispatch) -> Tensor:
         """Add the rows of each token up [T, D], multiplied by their gates."""

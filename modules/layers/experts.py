@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from modules.config import ModelConfig
 from modules.functional.routing import RoutingStats
-from modules.layers.dispatch import LocalDispatcher
+from modules.layers.dispatch import Dispatcher, LocalDispatcher
 from modules.layers.feedforward import FeedForward
 from modules.layers.grouped import row_multiple, swiglu_experts
 from modules.layers.precision import compute_dtype, to_compute
@@ -39,7 +39,7 @@ class RoutedExperts(nn.Module):
         self.experts = Experts(config.moe.num_experts, config.dim, config.expert_size)
         self.shared = FeedForward(config.dim, config.shared_size) if config.shared_size else None
         self.shared_gate = nn.Linear(config.dim, 1, bias=False) if config.moe.shared_gate else None
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(self, hidden_BLD: Tensor, decoding: bool = False) -> tuple[Tensor, RoutingStats]:
         """Route every token, and add up its experts' outputs weighted by their gates.
@@ -56,8 +56,8 @@ class RoutedExperts(nn.Module):
         multiple = row_multiple(hidden_BLD.device, compute_dtype(hidden_BLD), rows_per_expert)
         plan, stats = self.router.route(hidden_BLD, decoding, multiple)
         hidden_TD = to_compute(hidden_BLD.flatten(0, 1))
-        rows_RD = self.dispatcher.dispatch(hidden_TD, plan)
-        mixed_TD = self.dispatcher.combine(self.experts(rows_RD, plan.counts_E), plan)
+        rows_RD, counts_E, context = self.dispatcher.dispatch(hidden_TD, plan)
+        mixed_TD = self.dispatcher.combine(self.experts(rows_RD, counts_E), context)
         if self.shared is not None:
             mixed_TD = mixed_TD + self._shared_output(hidden_TD)
         return mixed_TD.view_as(hidden_BLD), stats

@@ -6,6 +6,7 @@ Letters: T everything but the last dimension, D the last one.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -15,10 +16,15 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """x / sqrt(mean x² + eps) · weight over the last dimension (arXiv 1910.07467)."""
-        one_type = hidden.dtype == self.weight.dtype in (torch.float32, torch.float64)
-        if hidden.device.type != "cpu" or not one_type or self.eps is None:
-            return super().forward(hidden)
-        return _RMSNorm.apply(hidden, self.weight, self.eps)
+        return rms_norm(hidden, self.weight, self.eps)
+
+
+def rms_norm(hidden: Tensor, weight_D: Tensor, eps: float | None) -> Tensor:
+    """x / sqrt(mean x² + eps) · weight over the last dimension."""
+    one_type = hidden.dtype == weight_D.dtype in (torch.float32, torch.float64)
+    if hidden.device.type != "cpu" or not one_type or eps is None:
+        return F.rms_norm(hidden, weight_D.shape, weight_D, eps)
+    return _RMSNorm.apply(hidden, weight_D, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

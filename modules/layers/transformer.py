@@ -4,18 +4,23 @@ Letters: B batch, L sequence, D model, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.routing import RoutingStats
 from modules.layers.attention import Attention, KVCache, rotary_angles
-from modules.layers.experts import Experts, RoutedExperts
+from modules.layers.experts import RoutedExperts
 from modules.layers.feedforward import FeedForward
 from modules.layers.norm import RMSNorm
+from modules.layers.output import LocalOutput, Output
+from modules.world import ONE_PROCESS, fill
+
+
+_INTO_RESIDUAL = ("o_proj.weight", "down.weight", "experts.down")
 
 
 class Block(nn.Module):
@@ -61,30 +66,29 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.init_weights()
+        self.output: Output = LocalOutput()
+        if not self.embedding.weight.is_meta:
+            fill(ONE_PROCESS, self, self.initial_values())
 
     @property
     def head_weight(self) -> Tensor:
         """The output head's matrix [V, D]; the embedding's when they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def init_weights(self) -> None:
-        """Draw weights from N(0, init_std), and those that write into the residual stream with it / sqrt(2 layers)."""
+    def initial_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Fresh values for all parameters and buffers, one after the other, on the CPU, whatever the network is on.
+
+        Drawn from N(0, init_std); those that write into the residual stream from it / sqrt(2 layers).
+        """
         std = self.config.init_std
         into_residual = std / math.sqrt(2 * self.config.num_layers)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=into_residual if name.endswith(("o_proj", "down")) else std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
-            elif isinstance(module, Experts):
-                nn.init.normal_(module.gate, std=std)
-                nn.init.normal_(module.up, std=std)
-                nn.init.normal_(module.down, std=into_residual)
-            elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
+        for name, tensor in self.state_dict().items():
+            value = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            if tensor.ndim >= 2:
+                value.normal_(std=into_residual if name.endswith(_INTO_RESIDUAL) else std)
+            elif name.endswith(".weight"):
+                value.fill_(1.0)
+            yield name, value
 
     def forward(
         self,
@@ -139,7 +143,16 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary [..., V] of final hidden states [..., D]."""
-        return F.linear(hidden, self.head_weight)
+        return self.output.logits(hidden, self.head_weight)
+
+    def cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor, chunk_rows: int = 1024) -> tuple[Tensor, Tensor]:
+        """The sum of the targets' losses in nats, and each loss (detached), of final hidden states.
+
+        Args:
+            targets_T: target ids; `losses.IGNORE_INDEX` counts for nothing.
+            chunk_rows: rows whose logits exist at one time.
+        """
+        return self.output.cross_entropy(hidden_TD, self.head_weight, targets_T, chunk_rows)
 
 
 def _norm(config: ModelConfig, present: bool) -> nn.Module:

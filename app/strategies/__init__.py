@@ -1,0 +1,5 @@
+"""How several processes train one network."""
+
+from app.strategies.expert_parallel import ExpertParallelStrategy
+
+__all__ = ["ExpertParallelStrategy"]

@@ -1,0 +1,149 @@
+"""Lightning strategy for one or many devices: data, expert and tensor parallelism on FSDP2."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from app.strategies.layout import Degree, Layout, resolve_layout
+from app.strategies.parallelize import Recomputation, Wrapping
+from app.strategies.world import MeshWorld
+from modules.config import ModelConfig
+from modules.language_model import LanguageModel
+from modules.world import fill
+
+
+class ExpertParallelStrategy(ModelParallelStrategy):
+    """Shares a model out over processes, experts by number, everything else by FSDP2; grows and resumes as one does.
+
+    Processes = dp_replicate x dp_shard x tp. Training is that of one process with all samples: gradients are sums over
+    processes, losses are divided by what all have together. Checkpoints are those of one process, and fit any layout.
+
+    Args:
+        dp_replicate: copies of the model (HSDP).
+        dp_shard: processes that share out each copy; `auto` takes all that the other degrees leave.
+        ep: of these, how many share out experts; `auto` takes as many as divide both dp_shard and the experts, anew
+            for each stage of growth.
+        tp: processes that share out attention heads, feed-forward channels and vocabulary.
+        activation_checkpointing: none, selective (results of matrix products stay) or full (only inputs of blocks).
+        compile: compile each block.
+        reshard_after_forward: gather parameters again in the backward pass, rather than keep them.
+        process_group_backend: empty: nccl on GPUs, gloo on CPUs.
+    """
+
+    def __init__(
+        self,
+        dp_replicate: Degree = 1,
+        dp_shard: Degree = "auto",
+        ep: Degree = 1,
+        tp: Degree = 1,
+        activation_checkpointing: Recomputation = "none",
+        compile: bool = False,
+        reshard_after_forward: bool = True,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        self.degrees: dict[str, Degree] = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "ep": ep, "tp": tp}
+        self.wrapping = Wrapping(activation_checkpointing, compile, reshard_after_forward)
+
+    def layout_of(self, config: ModelConfig | None = None) -> Layout:
+        """The layout of the processes at hand for a model; raises `InputError` where there is none."""
+        layout = resolve_layout(self.world_size, **self.degrees, config=config)
+        if config is not None:
+            layout.check(config)
+        return layout
+
+    @cached_property
+    def world(self) -> MeshWorld:
+        """Who holds what."""
+        return MeshWorld(self.layout_of, self.global_rank, self.wrapping)
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------------
+
+    def setup_environment(self) -> None:
+        """Let the processes meet."""
+        self.layout_of()
+        self._setup_distributed()
+        self.world.meet(self.root_device.type)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which samples are this process's."""
+        return {"num_replicas": self.world.data_ranks, "rank": self.world.data_rank}
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """While micro-batches accumulate, gradients stay where they are: they are summed over processes once a step."""
+        loop = self._trainer_of_module.fit_loop.epoch_loop
+        self._network.set_requires_gradient_sync(not loop._should_accumulate())
+
+    # -- checkpoints: whole tensors, written by one process, read by all -----------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """All weights, on the CPU of the first process; nothing on the others."""
+        assert self.lightning_module is not None
+        self.world.settle(self._network)
+        return self._gathered(self.lightning_module.state_dict())
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Take this process's part of all weights."""
+        weights = {name.removeprefix("network."): tensor for name, tensor in checkpoint["state_dict"].items()}
+        fill(self.world, self._network, weights.items())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, on the first process."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        saved = optimizer.state_dict()
+        state = {number: self._gathered(entries) for number, entries in saved["state"].items()}
+        return {**saved, "state": state}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take this process's part of the optimizer's state."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {number: self._shared_out(entries, parameters[number]) for number, entries in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": state})
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write what the first process has gathered."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; its tensors are mapped, and each process copies the part that it holds."""
+        return self.checkpoint_io.load_checkpoint(Path(checkpoint_path))
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _network(self) -> Any:
+        module = self.lightning_module
+        assert isinstance(module, LanguageModel) and isinstance(module.network, FSDPModule)
+        return module.network
+
+    @property
+    def _trainer_of_module(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _gathered(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Entries with whole tensors, one after the other; every process takes part, the first keeps them."""
+        gathered = {}
+        for name, value in entries.items():
+            whole = self.world.whole(value).detach().cpu() if isinstance(value, Tensor) else value
+            if self.is_global_zero:
+                gathered[name] = whole
+        return gathered
+
+    def _shared_out(self, entries: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+        return {
+            name: self.world.part(value, parameter)
+            if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step"
+            else value
+            for name, value in entries.items()
+        }

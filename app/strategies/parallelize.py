@@ -1,0 +1,187 @@
+"""A network shared out over processes: tensor and expert parallelism, recomputation, compilation, FSDP2, in this order.
+
+The network's own code is that of one process. What changes are its parameters, which become DTensors; the forward of
+the few modules that need their local part; and the dispatcher and the output, which are seams of the network.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from app.strategies.dispatchers import AllToAllDispatcher, ChannelDispatcher
+from app.strategies.mesh import Meshes
+from app.strategies.vocabulary import VocabularyParallelOutput, sum_gradients
+from modules.layers.dispatch import Dispatcher
+from modules.layers.experts import Experts, RoutedExperts
+from modules.layers.feedforward import FeedForward
+from modules.layers.grouped import swiglu_experts
+from modules.layers.norm import RMSNorm, rms_norm
+from modules.layers.transformer import Block, Transformer
+
+Recomputation = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """What is done to blocks beside sharing them out.
+
+    Attributes:
+        activation_checkpointing: none keeps all activations; full keeps the inputs of blocks alone and computes them
+            again in the backward pass; selective keeps the results of matrix products, too.
+        compile: compile each block.
+        reshard_after_forward: gather a block's parameters again in the backward pass, rather than keep them.
+    """
+
+    activation_checkpointing: Recomputation = "none"
+    compile: bool = False
+    reshard_after_forward: bool = True
+
+
+def parallelize(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
+    """Share a network out, in place; its parameters may be on the meta device."""
+    layout = meshes.layout
+    if layout.tp > 1:
+        _split_channels(network, meshes.tp)
+    for layer in network.routed_layers():
+        _split_experts(layer, meshes)
+    for block in network.blocks:
+        _recompute(block, wrapping.activation_checkpointing)
+        if wrapping.compile:
+            block.compile()
+    _shard(network, meshes, wrapping)
+
+
+def _split_channels(network: Transformer, tp: DeviceMesh) -> None:
+    """Tensor parallelism (Megatron, arXiv 1909.08053): heads and channels by column, then by row; the vocabulary too."""
+    copy = PrepareModuleInput
+    whole = Replicate()
+    plan: dict[str, Any] = {}
+    for number, block in enumerate(network.blocks):
+        at = f"blocks.{number}"
+        rest = (None,) * 4  # rotary angles, mask, layer, cache
+        plan[f"{at}.attention"] = copy(input_layouts=(whole, *rest), desired_input_layouts=(whole, *rest))
+        plan |= {f"{at}.attention.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+        plan[f"{at}.attention.o_proj"] = RowwiseParallel()
+        feed_forward = block.feed_forward
+        if isinstance(feed_forward, FeedForward):
+            plan |= _feed_forward_plan(f"{at}.feed_forward", (None,))
+        elif isinstance(feed_forward, RoutedExperts) and feed_forward.shared is not None:
+            plan |= _feed_forward_plan(f"{at}.feed_forward.shared", ())
+        for norm in (block.attention.q_norm, block.attention.k_norm):
+            if isinstance(norm, RMSNorm):
+                norm.forward = MethodType(partial(_norm_of_some_heads, tp=tp), norm)
+    if network.config.vocab_size % tp.size() == 0:
+        plan["embedding"] = RowwiseParallel(input_layouts=whole)
+        if network.head is not None:
+            weight = distribute_tensor(network.head.weight, tp, [Shard(0)])
+            network.head.weight = nn.Parameter(weight)
+        network.output = VocabularyParallelOutput(tp)
+    parallelize_module(network, tp, plan)
+
+
+def _feed_forward_plan(at: str, rest: tuple[None, ...]) -> dict[str, Any]:
+    whole = Replicate()
+    return {
+        at: PrepareModuleInput(input_layouts=(whole, *rest), desired_input_layouts=(whole, *rest)),
+        f"{at}.gate": ColwiseParallel(),
+        f"{at}.up": ColwiseParallel(),
+        f"{at}.down": RowwiseParallel(),
+    }
+
+
+def _norm_of_some_heads(norm: RMSNorm, hidden: Tensor, tp: DeviceMesh) -> Tensor:
+    """A norm of each head where a process has some heads: the gain's gradient is the sum over all."""
+    return rms_norm(hidden, sum_gradients(norm.weight, tp), norm.eps)
+
+
+def _split_experts(layer: RoutedExperts, meshes: Meshes) -> None:
+    """Experts to processes (`ep`), and the channels of each expert (`tp`)."""
+    layout = meshes.layout
+    dispatcher: Dispatcher = layer.dispatcher
+    by_expert: list[Placement] = []
+    if layout.ep > 1:
+        dispatcher = AllToAllDispatcher(meshes.ep.get_group(), layer.router.moe.num_experts)
+        by_expert = [Shard(0)]
+    if layout.tp > 1:
+        dispatcher = ChannelDispatcher(dispatcher, meshes.tp)
+    layer.dispatcher = dispatcher
+    if layout.ep == layout.tp == 1:
+        return
+    experts = layer.experts
+    for name, channels in (("gate", 2), ("up", 2), ("down", 1)):
+        placements = [*by_expert, Shard(channels)] if layout.tp > 1 else by_expert
+        weight = distribute_tensor(getattr(experts, name), meshes.experts, placements)
+        setattr(experts, name, nn.Parameter(weight))
+    experts.forward = MethodType(_experts_of_this_process, experts)
+
+
+def _experts_of_this_process(experts: Experts, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    weights = (experts.gate, experts.up, experts.down)
+    gate, up, down = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights)
+    return swiglu_experts(rows_RD, counts_E, gate, up, down)
+
+
+def _recompute(block: Block, what: Recomputation) -> None:
+    """Activation checkpointing, without another module around the block: names of parameters stay."""
+    if what == "none":
+        return
+    contexts = {} if what == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _shard(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
+    """FSDP2 over blocks, over experts apart where their processes differ, and over the rest; gradients are summed.
+
+    Losses are divided by what all processes have together, so that sums over processes are the gradients: also where
+    one has fewer tokens, and for experts, whose gradients come from other processes by the exchange of rows.
+    """
+    again = wrapping.reshard_after_forward
+    for block in network.blocks:
+        if meshes.layout.ep > 1 and isinstance(block.feed_forward, RoutedExperts):
+            experts = block.feed_forward.experts
+            placement = partial(_expert_placement, meshes.layout.efsdp)
+            mesh = meshes.expert_fsdp
+            fully_shard(experts, mesh=mesh, reshard_after_forward=again, shard_placement_fn=placement)
+        fully_shard(block, mesh=meshes.fsdp, reshard_after_forward=again)
+    fully_shard(network, mesh=meshes.fsdp, reshard_after_forward=False)  # the output needs its weight behind it
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_placement(sharers: int, weight: nn.Parameter) -> Shard:
+    """By expert; by rows of its matrix where a process has fewer experts than there are to share them out."""
+    assert isinstance(weight, DTensor)
+    local = weight.to_local()
+    by_rows = local.shape[0] % sharers and local.shape[1] % sharers == 0
+    return Shard(1) if by_rows else Shard(0)
