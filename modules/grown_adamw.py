@@ -54,7 +54,9 @@ class GrownAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()  # first: it makes the gradients
         young = [(group, p) for group in self.param_groups for p in group["params"] if self._is_young(p)]
-        before = [[self._part(parameter)[box].clone() for box in self._young_boxes(parameter)] for _, parameter in young]
+        before = [
+            [self._part(parameter)[box].clone() for box in self._young_boxes(parameter)] for _, parameter in young
+        ]
         super().step()
         for (group, parameter), entries in zip(young, before, strict=True):
             self._correct(group, parameter, entries)
@@ -75,7 +77,11 @@ class GrownAdamW(torch.optim.AdamW):
         """Write the young entries again, from what they were before the step; later births overrule earlier ones."""
         state = self.state[parameter]
         count, (beta1, beta2), lr = float(state["step"]), group["betas"], group["lr"]
-        moments, part, region = (state["exp_avg"], state["exp_avg_sq"]), self._part(parameter), self.world.region(parameter)
+        moments, part, region = (
+            (state["exp_avg"], state["exp_avg_sq"]),
+            self._part(parameter),
+            self.world.region(parameter),
+        )
         averages, squares = map(self._part, moments)
         remaining = iter(before)
         for birth in state[BIRTHS]:

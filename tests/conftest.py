@@ -25,3 +25,9 @@ settings.load_profile("growmoe")
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the worlds of these tests are kept, so that each is made once."""
+    return tmp_path_factory.mktemp("worlds")

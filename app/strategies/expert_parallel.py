@@ -31,7 +31,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         ep: of these, how many share out experts; `auto` takes as many as divide both dp_shard and the experts, anew
             for each stage of growth.
         tp: processes that share out attention heads, feed-forward channels and vocabulary.
-        activation_checkpointing: none, selective (results of matrix products stay) or full (only inputs of blocks).
+        activation_checkpointing: none, selective (attention is computed again) or full (only inputs of blocks stay).
         compile: compile each block.
         reshard_after_forward: gather parameters again in the backward pass, rather than keep them.
         process_group_backend: empty: nccl on GPUs, gloo on CPUs.
@@ -106,7 +106,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Take this process's part of the optimizer's state."""
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            state = {number: self._shared_out(entries, parameters[number]) for number, entries in saved["state"].items()}
+            state = {
+                number: self._shared_out(entries, parameters[number]) for number, entries in saved["state"].items()
+            }
             optimizer.load_state_dict({**saved, "state": state})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

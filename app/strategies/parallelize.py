@@ -4,15 +4,14 @@ The network's own code is that of one process. What changes are its parameters, 
 the few modules that need their local part; and the dispatcher and the output, which are seams of the network.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -20,7 +19,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from app.strategies.dispatchers import AllToAllDispatcher, ChannelDispatcher
 from app.strategies.mesh import Meshes
@@ -40,8 +39,8 @@ class Wrapping:
     """What is done to blocks beside sharing them out.
 
     Attributes:
-        activation_checkpointing: none keeps all activations; full keeps the inputs of blocks alone and computes them
-            again in the backward pass; selective keeps the results of matrix products, too.
+        activation_checkpointing: none keeps all activations; full keeps the inputs of blocks alone and computes the
+            rest again in the backward pass; selective computes attention again, and exchanges no rows twice.
         compile: compile each block.
         reshard_after_forward: gather a block's parameters again in the backward pass, rather than keep them.
     """
@@ -58,7 +57,7 @@ def parallelize(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> Non
         _split_channels(network, meshes.tp)
     for layer in network.routed_layers():
         _split_experts(layer, meshes)
-    for block in network.blocks:
+    for block in _blocks(network):
         _recompute(block, wrapping.activation_checkpointing)
         if wrapping.compile:
             block.compile()
@@ -66,11 +65,11 @@ def parallelize(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> Non
 
 
 def _split_channels(network: Transformer, tp: DeviceMesh) -> None:
-    """Tensor parallelism (Megatron, arXiv 1909.08053): heads and channels by column, then by row; the vocabulary too."""
+    """Tensor parallelism (Megatron, arXiv 1909.08053): heads and channels by column, then by row; words too."""
     copy = PrepareModuleInput
     whole = Replicate()
     plan: dict[str, Any] = {}
-    for number, block in enumerate(network.blocks):
+    for number, block in enumerate(_blocks(network)):
         at = f"blocks.{number}"
         rest = (None,) * 4  # rotary angles, mask, layer, cache
         plan[f"{at}.attention"] = copy(input_layouts=(whole, *rest), desired_input_layouts=(whole, *rest))
@@ -83,7 +82,7 @@ def _split_channels(network: Transformer, tp: DeviceMesh) -> None:
             plan |= _feed_forward_plan(f"{at}.feed_forward.shared", ())
         for norm in (block.attention.q_norm, block.attention.k_norm):
             if isinstance(norm, RMSNorm):
-                norm.forward = MethodType(partial(_norm_of_some_heads, tp=tp), norm)
+                _replace_forward(norm, partial(_norm_of_some_heads, norm, tp=tp))
     if network.config.vocab_size % tp.size() == 0:
         plan["embedding"] = RowwiseParallel(input_layouts=whole)
         if network.head is not None:
@@ -126,7 +125,7 @@ def _split_experts(layer: RoutedExperts, meshes: Meshes) -> None:
         placements = [*by_expert, Shard(channels)] if layout.tp > 1 else by_expert
         weight = distribute_tensor(getattr(experts, name), meshes.experts, placements)
         setattr(experts, name, nn.Parameter(weight))
-    experts.forward = MethodType(_experts_of_this_process, experts)
+    _replace_forward(experts, partial(_experts_of_this_process, experts))
 
 
 def _experts_of_this_process(experts: Experts, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
@@ -136,26 +135,18 @@ def _experts_of_this_process(experts: Experts, rows_RD: Tensor, counts_E: Tensor
 
 
 def _recompute(block: Block, what: Recomputation) -> None:
-    """Activation checkpointing, without another module around the block: names of parameters stay."""
-    if what == "none":
-        return
-    contexts = {} if what == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+    """Activation checkpointing, without another module around: names of parameters stay."""
+    if what != "none":
+        again = block if what == "full" else block.attention
+        _replace_forward(again, partial(checkpoint, again.forward, use_reentrant=False))
 
 
-_PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
+def _blocks(network: Transformer) -> list[Block]:
+    return [block for block in network.blocks if isinstance(block, Block)]
 
 
-def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    object.__setattr__(module, "forward", forward)
 
 
 def _shard(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
@@ -165,14 +156,15 @@ def _shard(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
     one has fewer tokens, and for experts, whose gradients come from other processes by the exchange of rows.
     """
     again = wrapping.reshard_after_forward
-    for block in network.blocks:
+    for block in _blocks(network):
         if meshes.layout.ep > 1 and isinstance(block.feed_forward, RoutedExperts):
             experts = block.feed_forward.experts
             placement = partial(_expert_placement, meshes.layout.efsdp)
             mesh = meshes.expert_fsdp
             fully_shard(experts, mesh=mesh, reshard_after_forward=again, shard_placement_fn=placement)
         fully_shard(block, mesh=meshes.fsdp, reshard_after_forward=again)
-    fully_shard(network, mesh=meshes.fsdp, reshard_after_forward=False)  # the output needs its weight behind it
+    fully_shard(network, mesh=meshes.fsdp, reshard_after_forward=False)  # the loss needs the output's weight behind it
+    register_fsdp_forward_method(network, "logits")
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

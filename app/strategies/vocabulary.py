@@ -19,7 +19,9 @@ def sum_gradients(tensor: Tensor, tp: DeviceMesh) -> Tensor:
 
 def sum_parts(tensor: Tensor, tp: DeviceMesh) -> Tensor:
     """The sum over processes, which goes on as one tensor: each part has the sum's gradient."""
-    return DTensor.from_local(tensor, tp, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    return (
+        DTensor.from_local(tensor, tp, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    )
 
 
 class VocabularyParallelOutput:

@@ -115,7 +115,5 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device_type):
         hidden_TD = hidden_TD.to(torch.get_autocast_dtype(device_type))
     with torch.autocast(device_type, enabled=False):
-        total, losses_T = _ChunkedCrossEntropy.apply(
-            hidden_TD, weight_VD, targets_T, chunk_rows, losses_and_gradient
-        )
+        total, losses_T = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, chunk_rows, losses_and_gradient)
     return total, losses_T.detach()

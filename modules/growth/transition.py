@@ -183,9 +183,9 @@ def tensor_source(
         if not state.get(name):
             return None
         saved = state[name]
-        names = (MOMENTUM,) if MOMENTUM in saved else ("exp_avg", "exp_avg_sq")
-        first, second = (*(world.whole(saved[moment]) for moment in names), None)[:2]
-        return Moments(first, second, float(saved["step"]), tuple(saved.get(BIRTHS, ())))
+        first, second = (MOMENTUM, None) if MOMENTUM in saved else ("exp_avg", "exp_avg_sq")
+        moments = world.whole(saved[first]), None if second is None else world.whole(saved[second])
+        return Moments(*moments, float(saved["step"]), tuple(saved.get(BIRTHS, ())))
 
     return TensorSource(
         config,
@@ -212,9 +212,7 @@ def grown_factors(grown: ParameterSource, network: nn.Module) -> dict[str, Param
 
 
 @torch.no_grad()
-def grown_state(
-    grown: ParameterSource, network: nn.Module, world: World = ONE_PROCESS
-) -> dict[str, dict[str, Any]]:
+def grown_state(grown: ParameterSource, network: nn.Module, world: World = ONE_PROCESS) -> dict[str, dict[str, Any]]:
     """The optimizer's state of the grown network, by parameter name; parameters that start afresh are left out."""
     state: dict[str, dict[str, Any]] = {}
     for name, parameter in network.named_parameters():

@@ -19,7 +19,6 @@ from modules.layers.norm import RMSNorm
 from modules.layers.output import LocalOutput, Output
 from modules.world import ONE_PROCESS, fill
 
-
 _INTO_RESIDUAL = ("o_proj.weight", "down.weight", "experts.down")
 
 

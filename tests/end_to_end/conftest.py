@@ -8,12 +8,6 @@ from tests.end_to_end import runs
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the worlds of these tests are kept, so that each is made once."""
-    return tmp_path_factory.mktemp("worlds")
-
-
-@pytest.fixture(scope="session")
 def grown_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run through both transitions, with every checkpoint kept."""
     config = runs.settings(tmp_path_factory.mktemp("runs") / "grown", world)
