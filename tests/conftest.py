@@ -1,6 +1,7 @@
 """Settings of the whole test suite: one thread, no network, no W&B, and the tolerances, written once."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,5 +1,6 @@
 """Lightning strategy for one or many devices: data, expert and tensor parallelism on FSDP2."""
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +69,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Let the processes meet."""
-        self.layout_of()
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self._setup_distributed()
         self.world.meet(self.root_device.type)
 
@@ -83,6 +84,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._network.set_requires_gradient_sync(not loop._should_accumulate())
 
     # -- checkpoints: whole tensors, written by one process, read by all -----------------------------------------------
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning gives the state back by `load_optimizer_state_dict`."""
+        return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """All weights, on the CPU of the first process; nothing on the others."""
