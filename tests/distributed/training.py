@@ -1,5 +1,6 @@
 """A few optimizer steps of one model, by one process or by several in some layout, on the same samples."""
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -61,6 +62,7 @@ def _met(layout: Layout) -> MeshWorld:
 
     world = MeshWorld(layout_of, dist.get_rank(), Wrapping())
     world.meet("cpu")
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return world
 
 
@@ -76,6 +78,12 @@ def module_in(world: World, case: Case) -> LanguageModel:
     finally:
         torch.set_default_dtype(torch.float32)
     return module
+
+
+def _tokens(rows: int, random: torch.Generator) -> Tensor:
+    """A quarter of the vocabulary, so that there is something to learn; each word once in a row, since equal words in
+    front of a row have equal values, and rounding would decide between them where experts choose."""
+    return torch.stack([torch.randperm(VOCABULARY // 4, generator=random)[: LENGTH + 1] for _ in range(rows)])
 
 
 def rows_of(world: World, rows: int) -> slice:
@@ -95,7 +103,7 @@ def train(world: World, case: Case) -> Trained:
     for _ in range(case.steps):
         loss = torch.zeros(())
         for part in range(case.accumulate):
-            tokens = torch.randint(VOCABULARY // 4, (case.rows, LENGTH + 1), generator=random)
+            tokens = _tokens(case.rows, random)
             if world is not ONE_PROCESS:
                 network.set_requires_gradient_sync(part == case.accumulate - 1)
             output = module.training_step({"tokens": tokens[rows_of(world, case.rows)]}, part)
