@@ -5,7 +5,9 @@ left out of its curve, and told apart. Validation losses are averaged over three
 """
 
 import csv
+import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,31 +39,90 @@ class Point:
         return own + source if is_counted else own
 
 
+Row = list[float]
+"""A validation: step, and the losses in the order of `LOSSES`."""
+
+
+@dataclass
+class Record:
+    """What is kept of a study.
+
+    Attributes:
+        step_seconds: what a step of each architecture takes.
+        arms: the validations of finished arms, by seed and name.
+    """
+
+    step_seconds: dict[str, float]
+    arms: dict[str, dict[str, list[Row]]]
+
+
+def read_record(path: Path | None, plan: Plan) -> Record:
+    """The record in a file, or an empty one; that of another plan is refused."""
+    if path is None or not path.exists():
+        return Record({}, {})
+    kept = json.loads(path.read_text())
+    if kept["plan"] != vars(plan):
+        sys.exit(f"{path} is the record of a study with {kept['plan']}, not {vars(plan)}; give another file")
+    return Record(kept["step_seconds"], kept["arms"])
+
+
+def write_record(path: Path, study: "Study") -> None:
+    """Keep all arms that are finished, those of the former record included; one line for each arm."""
+    arms = study.record.arms
+    for seed in study.seeds:
+        for arm in all_arms().values():
+            if study.is_finished(arm, seed):
+                arms.setdefault(str(seed), {})[arm.name] = study.rows(arm, seed)
+    lines = [
+        f"  {json.dumps(seed)}: {{\n"
+        + ",\n".join(f"   {json.dumps(name)}: {json.dumps(rows)}" for name, rows in sorted(by_name.items()))
+        + "\n  }"
+        for seed, by_name in sorted(arms.items())
+    ]
+    head = f'{{\n "plan": {json.dumps(vars(study.plan))},\n "step_seconds": {json.dumps(study.record.step_seconds)},\n'
+    aside = path.with_suffix(".tmp")
+    aside.write_text(head + ' "arms": {\n' + ",\n".join(lines) + "\n }\n}\n")
+    aside.replace(path)
+
+
 @dataclass(frozen=True)
 class Study:
-    """Where the runs are, and what a step of each architecture takes."""
+    """Where the runs are, and what is known of those that are not there any more."""
 
     plan: Plan
     folder: Path
     seeds: Sequence[int]
-    step_seconds: dict[str, float]
+    record: Record
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """What a step of each architecture takes."""
+        return self.record.step_seconds
 
     def is_finished(self, arm: Arm, seed: int) -> bool:
         """Whether the arm has come to its end."""
-        return arm.checkpoint(arm.num_steps(self.plan), seed, self.folder).is_dir()
+        there = arm.checkpoint(arm.num_steps(self.plan), seed, self.folder).is_dir()
+        return there or arm.name in self.record.arms.get(str(seed), {})
+
+    def rows(self, arm: Arm, seed: int) -> list[Row]:
+        """Its validations, from its run's log where that is there."""
+        log = arm.folder(seed, self.folder) / "metrics.csv"
+        if not log.exists():
+            return self.record.arms[str(seed)][arm.name]
+        with log.open(newline="") as file:
+            measured = [row for row in csv.DictReader(file) if row.get("val/loss")]
+        return [[int(row["step"]), *(round(float(row[name]), 6) for name in LOSSES.values())] for row in measured]
 
     def points(self, arm: Arm, seed: int) -> list[Point]:
         """All validations of an arm, its source's before it left it excluded."""
         begin = self.plan.grow_at if arm.source else 0
         source = self.step_seconds[key(arm.start)] * begin
         own = self.step_seconds[key(arm.end)]
-        rows = csv.DictReader((arm.folder(seed, self.folder) / "metrics.csv").open(newline=""))
         points = []
-        for row in rows:
-            step = int(row["step"])
-            if row.get("val/loss") and step > begin:
-                losses = {name: float(row[column]) for name, column in LOSSES.items()}
-                points.append(Point(begin, step - begin, source, (step - begin) * own, losses))
+        for step, *measured in self.rows(arm, seed):
+            if step > begin:
+                losses = dict(zip(LOSSES, measured, strict=True))
+                points.append(Point(begin, int(step) - begin, source, (step - begin) * own, losses))
         return points
 
     def curve(self, arm: Arm, seed: int) -> list[Point]:
@@ -96,14 +157,14 @@ def reached(curve: Sequence[Point], loss: str, wanted: float, unit: str, is_coun
     return None
 
 
-def loss_at(curve: Sequence[Point], seconds: float) -> float | None:
-    """The loss over both languages after so many seconds, the source's counted; None beyond the curve."""
+def loss_at(curve: Sequence[Point], seconds: float) -> float:
+    """The loss over both languages after so many seconds, the source's counted."""
     for before, after in pairwise(curve):
         first, last = before.spent("seconds", True), after.spent("seconds", True)
         if first <= seconds <= last:
             share = (seconds - first) / (last - first)
             return before.losses["all"] + share * (after.losses["all"] - before.losses["all"])
-    return None
+    raise ValueError(f"{seconds} seconds are beyond the curve")
 
 
 def report(study: Study, arms: Sequence[Arm]) -> None:
@@ -118,7 +179,7 @@ def report(study: Study, arms: Sequence[Arm]) -> None:
 HEADER = (
     "arm",
     "seeds",
-    "loss at scratch's seconds",
+    "its loss less scratch's, after as many seconds",
     "tokens to its loss",
     "with the source's",
     "seconds to it",
@@ -133,18 +194,19 @@ def _row(study: Study, arm: Arm, rival: Arm) -> list[str] | None:
     seeds = _seeds(study, arm, rival)
     if not seeds:
         return None
-    at_seconds, shares, finals = [], {(unit, counted): [] for unit, counted in _WAYS}, []
+    gaps, shares, finals = [], {(unit, counted): [] for unit, counted in _WAYS}, []
     for seed in seeds:
         curve, theirs = study.curve(arm, seed), study.curve(rival, seed)
         end = theirs[-1]
-        at_seconds.append(loss_at(curve, end.own_seconds))
+        seconds = min(end.spent("seconds", True), curve[-1].spent("seconds", True))
+        gaps.append(loss_at(curve, seconds) - loss_at(theirs, seconds))
         finals.append(study.points(arm, seed)[-1].losses["all"])
         for unit, counted in _WAYS:
             spent = reached(curve, "all", end.losses["all"], unit, counted)
             shares[unit, counted].append(None if spent is None else spent / end.spent(unit, True))
     steps = arm.num_steps(study.plan)
     cells = [_spread(shares[way], 2) for way in _WAYS]
-    return [arm.name, str(len(seeds)), _spread(at_seconds, 3), *cells, f"{_spread(finals, 3)} ({steps:,})"]
+    return [arm.name, str(len(seeds)), _spread(gaps, 3), *cells, f"{_spread(finals, 3)} ({steps:,})"]
 
 
 _WAYS = (("tokens", False), ("tokens", True), ("seconds", False), ("seconds", True))
