@@ -30,6 +30,7 @@ COMMANDS = {
     "import": "a Hugging Face model into a checkpoint",
     "export": "a checkpoint into a Hugging Face model",
     "report": "one self-contained HTML page with plots for a run",
+    "doctor": "versions, devices, collectives and files, and what is wrong with them",
 }
 """Each verb is the function of its name in `app.commands`; its signature is its command line."""
 HOMES = {"import": "exchange", "export": "exchange"}

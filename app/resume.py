@@ -8,8 +8,12 @@ from modules.errors import InputError
 LOGS = ("metrics.csv", "transitions.jsonl", "expert_load.jsonl")
 
 
-def choose_checkpoint(run_dir: Path, requested: str | None) -> tuple[Path | None, list[Path]]:
+def choose_checkpoint(run_dir: Path, requested: str | None, is_writer: bool = True) -> tuple[Path | None, list[Path]]:
     """Resolve `--ckpt_path`: a checkpoint directory, or `auto` for the newest valid one of the run directory.
+
+    Args:
+        is_writer: this process writes to the run directory, and so refuses one that holds another run; what others
+            see there may be its first files.
 
     Returns:
         The checkpoint (None: start from the beginning) and the damaged ones that `auto` passed over.
@@ -30,17 +34,21 @@ def choose_checkpoint(run_dir: Path, requested: str | None) -> tuple[Path | None
         requested = None
     if requested is None:
         _refuse_used(
-            run_dir, f"--ckpt_path auto continues it{'' if store.list_checkpoints(folder) else ' once it has saved'}"
+            is_writer,
+            run_dir,
+            f"--ckpt_path auto continues it{'' if store.list_checkpoints(folder) else ' once it has saved'}",
         )
         return None, []
     path = Path(requested)
     store.read_metadata(path)
     if path.resolve().parent != folder.resolve():
-        _refuse_used(run_dir, f"{path} is not one of its checkpoints")
+        _refuse_used(is_writer, run_dir, f"{path} is not one of its checkpoints")
     return path, []
 
 
-def _refuse_used(run_dir: Path, reason: str) -> None:
+def _refuse_used(is_writer: bool, run_dir: Path, reason: str) -> None:
+    if not is_writer:
+        return
     used = [name for name in LOGS if (run_dir / name).exists()]
     if used or store.list_checkpoints(run_dir / "checkpoints"):
         raise InputError(

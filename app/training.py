@@ -17,6 +17,7 @@ from lightning.pytorch.plugins import DoublePrecision
 
 from app import checkpoint as store
 from app.checkpoint_io import DirectoryCheckpointIO
+from app.launcher import follow_parent, parting
 from app.parsing import OneLineParser
 from app.plan import PlannedStage, plan_stages
 from app.resume import choose_checkpoint
@@ -136,7 +137,8 @@ class TrainingCLI(LightningCLI):
         """Check everything that can be checked; only then touch the run directory."""
         run_dir = Path(self.trainer.default_root_dir)
         max_steps = self._checked_steps()
-        chosen, damaged = choose_checkpoint(run_dir, self._get(self.config_init, "ckpt_path"))
+        requested = self._get(self.config_init, "ckpt_path")
+        chosen, damaged = choose_checkpoint(run_dir, requested, is_writer=self.trainer.is_global_zero)
         metadata = self._restore_shape(chosen)
         if chosen is None and self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
@@ -316,24 +318,24 @@ class TrainingCLI(LightningCLI):
 
 def run(arguments: Sequence[str], cli: type[TrainingCLI] = TrainingCLI) -> None:
     """Parse `fit ...` or `validate ...` and do it."""
+    follow_parent()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    sys.argv = ["growmoe", *arguments]
-    cli(
-        LanguageModel,
-        TextDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=_Parser,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        seed_everything_default=42,
-        save_config_callback=None,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # its threads abort a process that ends with them running
+    sys.argv = [sys.argv[0], *arguments]  # the launcher starts the same program again
+    with parting():
+        cli(
+            LanguageModel,
+            TextDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=_Parser,
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "growmoe"},
+            seed_everything_default=42,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
 
 
 def _num_processes(settings: dict[str, Any]) -> int:

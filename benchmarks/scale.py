@@ -2,7 +2,8 @@
 
     python -m benchmarks.scale > tables.md
 
-For each model the layout with the shortest estimated step is taken, of those whose estimated memory fits. Every device
+For each model the layout with the shortest estimated step is taken, of those whose estimated memory fits, and of
+equally fast ones the smallest. Every device
 gets as many tokens whatever the layout.
 """
 
@@ -61,7 +62,7 @@ def candidates(config: ModelConfig, world_size: int) -> Iterator[Layout]:
     """Layouts that are worth a look: channels inside a node, weights shared out over 64 devices at least."""
     experts = 1 if config.moe is None else config.moe.num_experts
     for tp in (1, 2, 4, 8):
-        for dp_shard in {world_size // tp, max(64, world_size // 16) // tp, 64 // tp}:
+        for dp_shard in sorted({max(64, world_size // copies) // tp for copies in (1, 4, 16)}):
             for ep in (2**k for k in range(experts.bit_length())):
                 layout = Layout(world_size // tp // dp_shard, dp_shard, ep, tp)
                 if dp_shard % ep == 0 and (ep > 1 or experts == 1) and _is_possible(layout, config):
@@ -87,7 +88,7 @@ def choose(config: ModelConfig, world_size: int, hardware: Hardware) -> Chosen:
             tried.append(ScaleEstimate(work, hardware, shards, shards))
     fitting = [each for each in tried if each.memory.total <= hardware.memory_bytes]
     if fitting:
-        return Chosen(min(fitting, key=lambda each: each.step_seconds), True)
+        return Chosen(min(fitting, key=lambda each: (round(each.step_seconds, 2), each.memory.total)), True)
     return Chosen(min(tried, key=lambda each: each.memory.total), False)
 
 

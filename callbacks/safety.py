@@ -18,8 +18,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopOnSignal(pl.Callback):
     """The first SIGINT or SIGTERM stops the run behind the step, with a checkpoint; a second one ends it at once.
 
-    SIGUSR1, by which Slurm announces the end of a job's time, counts as SIGTERM. A validation that is under way is given
-    up, without figures: a grace period is short.
+    SIGUSR1, by which Slurm can announce the end of a job's time, counts as SIGTERM. A validation that is under way is
+    given up, without figures: a grace period is short.
 
     Attributes:
         received: the signal's number, None when there was none.
@@ -36,9 +36,11 @@ class StopOnSignal(pl.Callback):
         not take part, and that of SIGUSR1 requeues Slurm's job. Its question of every batch whether one of them was
         called goes with them.
         """
-        trainer._signal_connector.register_signal_handlers = _nothing
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
-        if threading.current_thread() is threading.main_thread():  # Ray trains in another one, and Python has no other way
+        trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Ray trains in another one, and Python has no other way
             self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
 
     def on_train_batch_end(
@@ -54,8 +56,8 @@ class StopOnSignal(pl.Callback):
     ) -> None:
         """Leave the validation: the next step stops the run, as it would without one.
 
-        What was measured so far is of a part of the samples. Lightning and our callbacks take it for a sanity check, and
-        log nothing of it.
+        What was measured so far is of a part of the samples. Lightning and our callbacks take it for a sanity check,
+        and log nothing of it.
         """
         if trainer.state.fn == "fit" and self._is_told(trainer, pl_module):
             trainer.sanity_checking = True
@@ -70,12 +72,17 @@ class StopOnSignal(pl.Callback):
         self._restore()
 
     def _is_told(self, trainer: pl.Trainer, pl_module: LanguageModel) -> bool:
-        """Whether any process was told to stop: all of them hear of it at the same batch."""
-        if trainer.world_size > 1:
-            heard = torch.tensor(self.received or 0, device=pl_module.device)
-            dist.all_reduce(heard, dist.ReduceOp.MAX)
-            self.received = int(heard) or None
-        return self.received is not None
+        """Whether any process was told to stop: all of them hear of it at the same batch.
+
+        A signal that comes while they ask each other is heard of the next time: others do not know of it yet.
+        """
+        if trainer.world_size == 1:
+            return self.received is not None
+        heard = torch.tensor(self.received or 0, device=pl_module.device)
+        dist.all_reduce(heard, dist.ReduceOp.MAX)
+        number = int(heard)
+        self.received = number or self.received
+        return number > 0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.SIGTERM if number == signal.SIGUSR1 else number

@@ -2,35 +2,110 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from app.plan import PlannedStage, advise
+from app.scale.estimate import ScaleEstimate, estimate
+from app.scale.hardware import Hardware
+from app.scale.workload import Workload, number_bytes
+from app.strategies import ExpertParallelStrategy
 from app.training import TrainingCLI
+from modules.errors import require_positive
 from modules.growth.stage import GrowthStage
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
 class PlanCLI(TrainingCLI):
-    """The options of `fit`; every check of `fit`, and then a table instead of a run."""
+    """The options of `fit`; every check of `fit`, and then tables instead of a run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Beside those of `fit`, the machine that is thought of."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--world_size", type=int | None, default=None, help="processes to plan for; empty: those at hand"
+        )
+        parser.add_class_arguments(Hardware, "hardware")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The trainer of so many processes, none of which is started; where no number is given, that of `fit`."""
+        world_size = self._get(self.config_init, "world_size")
+        if world_size is not None:
+            require_positive(world_size=world_size)
+            given = self._get(self.config_init, "trainer")
+            kwargs |= {"accelerator": "cpu", "devices": world_size, "num_nodes": 1}
+            kwargs["plugins"] = [*(given["plugins"] or []), LightningEnvironment()]
+            if given["strategy"] == "auto" and world_size > 1:
+                kwargs["strategy"] = ExpertParallelStrategy()
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Print the plan, and end."""
-        show(self.plan())
+        stages = self.plan()
+        estimates = [self._estimate(stage) for stage in stages] if self.trainer.world_size > 1 else []
+        console = _console()
+        show(stages, console)
+        if estimates:
+            show_scale(estimates, console)
         sys.exit(0)
 
+    def _estimate(self, stage: PlannedStage) -> ScaleEstimate:
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
+        parameter_bytes, compute_bytes = number_bytes(str(self.trainer.precision))
+        work = Workload(
+            stage.config,
+            strategy.layout_of(stage.config),
+            self.datamodule.batch_size,
+            stage.seq_len,
+            strategy.wrapping,
+            self.trainer.accumulate_grad_batches,
+            self.model.loss_chunk_rows,
+            parameter_bytes,
+            compute_bytes,
+            stage.is_muon,
+        )
+        return estimate(work, self._get(self.config_init, "hardware"))
 
-def show(stages: Sequence[PlannedStage]) -> None:
-    """The table of stages, and the advice, on standard output."""
+
+def show(stages: Sequence[PlannedStage], console: "Console") -> None:
+    """The table of stages, and the advice."""
+    console.print(_table(stages))
+    for line in advise(stages):
+        console.print(line, highlight=False)
+
+
+def show_scale(estimates: Sequence[ScaleEstimate], console: "Console") -> None:
+    """The table of many processes, what it assumes, and the warnings of each stage."""
+    from app.scale.table import scale_table
+
+    hardware = estimates[0].hardware
+    console.print(scale_table(estimates))
+    console.print(
+        f"hardware assumed: {hardware.name}; {hardware.peak_flops / 1e12:.0f} TFLOP/s at MFU {hardware.mfu:.0%}, "
+        f"{hardware.intra_bandwidth / 1e9:.0f} GB/s inside a node of {hardware.devices_per_node}, "
+        f"{hardware.inter_bandwidth / 1e9:.0f} GB/s outside, {hardware.memory_bytes / 1e9:.0f} GB, balanced experts",
+        highlight=False,
+    )
+    for number, each in enumerate(estimates, start=1):
+        for line in each.warnings:
+            console.print(f"warning, stage {number}: {line}", highlight=False, markup=False)
+
+
+def _console() -> "Console":
+    """Standard output; wide where nobody's window says how wide."""
     from rich.console import Console
 
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console.width = 160
-    console.print(_table(stages))
-    for line in advise(stages):
-        console.print(line, highlight=False)
+    return console
 
 
 def _table(stages: Sequence[PlannedStage]) -> "Table":

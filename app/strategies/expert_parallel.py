@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from app.launcher import Launcher
 from app.strategies.layout import Degree, Layout, resolve_layout
 from app.strategies.parallelize import Recomputation, Wrapping
 from app.strategies.world import MeshWorld
@@ -66,6 +67,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return MeshWorld(self.layout_of, self.global_rank, self.wrapping)
 
     # -- Lightning's hooks ---------------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def setup_environment(self) -> None:
         """Let the processes meet."""

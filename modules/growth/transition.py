@@ -199,7 +199,8 @@ def tensor_source(
 def materialize(grown: ParameterSource, device: torch.device | str, world: World = ONE_PROCESS) -> Transformer:
     """A network with the grown parameters; no random number is drawn from the global generators."""
     with torch.device("meta"):
-        network = Transformer(grown.config).to(grown.weight("final_norm.weight").dtype)
+        network = Transformer(grown.config)
+    network.to(grown.weight("final_norm.weight").dtype)
     world.place(network, torch.device(device))
     fill(world, network, ((name, grown.weight(name)) for name in network.state_dict()))
     return network

@@ -4,6 +4,7 @@ Letters: B batch, L sequence, D model, H query heads, G key-value heads, C chann
 """
 
 import math
+from copy import copy
 from typing import Any
 
 import torch
@@ -88,16 +89,16 @@ class KVCache:
                 f"{max_len} tokens (prompt and continuation) are more than max_seq_len={config.max_seq_len}; "
                 "shorten the prompt or max_new_tokens"
             )
-        shape = (config.num_layers, 2, batch_size, config.kv_heads, max_len, config.head_size)
-        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.num_layers, self.max_len, self.dtype = config.num_layers, max_len, dtype
+        self.store: Tensor | None = None  # as many heads as keys come with: this process may have some of them
         self.start_B = torch.zeros(batch_size, dtype=torch.long, device=device) if start_B is None else start_B
         self.length = 0
 
     def positions_and_mask(self, num_new: int) -> tuple[Tensor, Tensor]:
         """Positions [B, L] of the next tokens, and which keys each of them sees [B, 1, L, length + L]."""
         end = self.length + num_new
-        query_L = torch.arange(self.length, end, device=self.store.device)
-        key_M = torch.arange(end, device=self.store.device)
+        query_L = torch.arange(self.length, end, device=self.start_B.device)
+        key_M = torch.arange(end, device=self.start_B.device)
         positions_BL = (query_L - self.start_B[:, None]).clamp_min(0)
         seen = (key_M <= query_L[:, None]) & (key_M >= self.start_B[:, None, None])
         own = key_M == query_L[:, None]  # a padding row sees itself, so that its softmax has an entry
@@ -106,14 +107,19 @@ class KVCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values [B, G, L, C] of one layer; returns all of that layer so far."""
         end = self.length + keys.shape[2]
+        if self.store is None:
+            rows, heads, _, channels = keys.shape
+            shape = (self.num_layers, 2, rows, heads, self.max_len, channels)
+            self.store = torch.zeros(shape, device=keys.device, dtype=self.dtype)
         self.store[layer, 0, :, :, self.length : end] = keys
         self.store[layer, 1, :, :, self.length : end] = values
         return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
     def select(self, rows: Tensor) -> "KVCache":
         """The same cache with only these rows of the batch."""
-        chosen = object.__new__(KVCache)
-        chosen.store, chosen.start_B, chosen.length = self.store[:, :, rows], self.start_B[rows], self.length
+        chosen = copy(self)
+        chosen.store = None if self.store is None else self.store[:, :, rows]
+        chosen.start_B = self.start_B[rows]
         return chosen
 
 

@@ -1,5 +1,6 @@
 """The growing run of the end-to-end tests on several processes: the trace of one, resumed on any number."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +65,33 @@ def assert_same(want: Path, got: Path) -> None:
         torch.testing.assert_close(states[1][number]["exp_avg"], state["exp_avg"], rtol=0, atol=1e-9)
 
 
+EVALUATION = {"every_n_steps": 7, "at_transitions": True, "at_end": False, "limit": 2}
+
+
+def answers(run_dir: Path) -> dict[str, Any]:
+    """The results of lm-eval's tasks, by file."""
+    return {path.name: json.loads(path.read_text())["results"] for path in sorted(run_dir.glob("eval/*.json"))}
+
+
 @pytest.fixture(scope="module")
 def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
-    return fit(settings(tmp_path_factory.mktemp("alone") / "run", world), 1)
+    config = settings(tmp_path_factory.mktemp("alone") / "run", world)
+    return fit(config | {"evaluation": EVALUATION}, 1)
 
 
 @pytest.fixture(scope="module")
 def two(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two, which share experts out once there are any."""
-    return fit(settings(tmp_path_factory.mktemp("two") / "run", world, 2, 2, dp_shard=2, ep="auto"), 2)
+    config = settings(tmp_path_factory.mktemp("two") / "run", world, 2, 2, dp_shard=2, ep="auto")
+    return fit(config | {"evaluation": EVALUATION}, 2)
 
 
 def test_two_processes_grow_as_one(alone: Path, two: Path) -> None:
     assert_same(alone, two)
     drifts = [record["max_logit_drift"] for record in runs.transitions(two)]
     assert drifts[0] < 1e-10 < drifts[1]
+    assert answers(two) == answers(alone) and len(answers(two)) >= 3
 
 
 def test_four_processes_continue_what_two_began(alone: Path, two: Path, world: Path, tmp_path: Path) -> None:
@@ -96,4 +108,6 @@ def test_one_process_continues_what_two_began(alone: Path, two: Path, world: Pat
 def test_two_processes_continue_what_one_began(alone: Path, world: Path, tmp_path: Path) -> None:
     start = alone / "checkpoints" / "step-00000009-stage-2"
     config = settings(tmp_path / "run", world, 2, 1, dp_shard=1, tp=2)
-    assert_same(alone, fit(config, 2, "--ckpt_path", str(start)))
+    assert_same(alone, fit(config | {"evaluation": EVALUATION}, 2, "--ckpt_path", str(start)))
+    for name, found in answers(tmp_path / "run").items():  # heads and words parted, caches too
+        assert found == answers(alone)[name], name

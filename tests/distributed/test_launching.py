@@ -1,7 +1,8 @@
-"""Two processes, started by growmoe itself and by torchrun: they train, stop and fail together, and none stays behind."""
+"""Two processes, started by growmoe or by torchrun: they train, stop and fail together, and none stays behind."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,11 +32,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("worlds")
 
 
-def plain(tmp_path: Path, world: Path, max_steps: int, val_samples: int = 4) -> tuple[Path, Path]:
+def plain(tmp_path: Path, world: Path, max_steps: int, **trainer: Any) -> tuple[Path, Path]:
     """The file of a configuration that does not grow, and its run directory."""
-    config: dict[str, Any] = runs.settings(tmp_path / "run", world, max_steps=max_steps)
+    config: dict[str, Any] = runs.settings(tmp_path / "run", world, max_steps=max_steps, **trainer)
     config["growth"]["stages"] = None
-    config["data"]["init_args"]["val_samples"] = val_samples
+    config["data"]["init_args"]["val_samples"] = 16
     return runs.write(config, tmp_path / "config.yaml"), tmp_path / "run"
 
 
@@ -53,12 +54,14 @@ def members(config: Path) -> dict[int, str]:
 
 
 @contextmanager
-def training(command: list[str], config: Path, run_dir: Path, step: int) -> Iterator[subprocess.Popen[str]]:
+def training(
+    command: list[str], config: Path, run_dir: Path, step: int, environment: dict[str, str] = ENVIRONMENT
+) -> Iterator[subprocess.Popen[str]]:
     """A run that has finished a step. Behind it, nothing of it is left."""
     run = subprocess.Popen(
-        [*command, "--config", str(config)],
+        [*command, *([] if "--config" in command else ["--config", str(config)])],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,15 +97,16 @@ def test_processes_that_growmoe_starts(command: list[str], world: Path, tmp_path
     assert "process_group" not in errors and "terminate called" not in errors
 
 
-@pytest.mark.parametrize("told", ["all", "0", "1"])
-@pytest.mark.parametrize("command", [ITSELF, TORCHRUN], ids=["itself", "torchrun"])
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [(ITSELF, "launcher"), (ITSELF, "1"), (TORCHRUN, "launcher"), (TORCHRUN, "0"), (TORCHRUN, "1")],
+    ids=["itself", "itself, second", "torchrun", "torchrun, first", "torchrun, second"],
+)
 def test_one_signal_stops_all(command: list[str], told: str, world: Path, tmp_path: Path) -> None:
     config, run_dir = plain(tmp_path, world, max_steps=4000)
     with training(command, config, run_dir, step=3) as run:
-        for number, rank in members(config).items():
-            is_told = number == run.pid if told == "all" else rank == told or (rank == "" and command is ITSELF)
-            if is_told:
-                os.kill(number, signal.SIGTERM)
+        (process,) = [run.pid] if told == "launcher" else [n for n, rank in members(config).items() if rank == told]
+        os.kill(process, signal.SIGTERM)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == (143 if command is ITSELF else 1), errors  # torchrun has a code of its own
     assert saved_last_step(run_dir) < 4000
@@ -119,13 +123,49 @@ def test_one_death_ends_all(rank: str, world: Path, tmp_path: Path) -> None:
     assert run.returncode == (1 if rank == "1" else -signal.SIGKILL), errors
 
 
-@pytest.mark.parametrize("command", [[*PYTHON, "app", "fit"], ITSELF], ids=["one", "two"])
-def test_a_signal_in_a_validation(command: list[str], world: Path, tmp_path: Path) -> None:
-    config, run_dir = plain(tmp_path, world, max_steps=4000, val_samples=4000)
+@pytest.mark.parametrize(
+    ("command", "rank"), [([*PYTHON, "app", "fit"], 0), (ITSELF, 1)], ids=["one process", "second of two"]
+)
+def test_a_signal_in_a_validation(command: list[str], rank: int, world: Path, tmp_path: Path) -> None:
+    callback = {"class_path": "tests.distributed.interrupting.Interrupt", "init_args": {"rank": rank}}
+    config, run_dir = plain(tmp_path, world, max_steps=4000, callbacks=[callback])
     with training(command, config, run_dir, step=4) as run:
-        time.sleep(0.3)
-        run.send_signal(signal.SIGTERM)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 143, errors
-    assert saved_last_step(run_dir) == 5
+    assert saved_last_step(run_dir) == 5  # that of step 4 is given up
     assert not any(name.startswith("val/") for row in runs.metrics(run_dir).values() for name in row)
+
+
+def test_two_nodes_stop_and_resume(world: Path, tmp_path: Path) -> None:
+    config, run_dir = plain(tmp_path, world, max_steps=4000)
+    command = [*PYTHON, "app", "fit", "--config", str(config), "--ckpt_path", "auto", "--trainer.num_nodes", "2"]
+    command += ["--trainer.devices", "1"]
+    for told in (1, 0):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+        before = max(runs.losses(run_dir), default=0) if run_dir.exists() else 0
+        environment = {**ENVIRONMENT, **meeting, "NODE_RANK": "1"}
+        other = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        environment = {**ENVIRONMENT, **meeting, "NODE_RANK": "0"}
+        with training(command, config, run_dir, before + 3, environment) as run:
+            (run, other)[told].send_signal(signal.SIGTERM)
+            assert (run.wait(60), other.wait(60)) == (143, 143)
+        assert saved_last_step(run_dir) >= before + 3
+    assert sorted(runs.losses(run_dir)) == list(range(1, saved_last_step(run_dir) + 1))
+
+
+def test_rays_way(world: Path, tmp_path: Path) -> None:
+    """The processes have met, and the command line runs in a thread, where signals cannot be taken."""
+    config, run_dir = plain(tmp_path, world, max_steps=4)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [*PYTHON, "tests.distributed.rays_worker", "fit", "--config", str(config)]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env={**ENVIRONMENT, **variables}, stdout=subprocess.DEVNULL))
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    assert saved_last_step(run_dir) == 4

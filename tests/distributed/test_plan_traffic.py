@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tests.distributed.training import LENGTH, VOCABULARY, Case, module_in, rows
 
 TWO = [Layout(1, 2), Layout(1, 2, ep=2), Layout(1, 1, tp=2), Layout(2, 1)]
 FOUR = [Layout(2, 2, ep=2), Layout(1, 4, ep=2), Layout(1, 2, ep=2, tp=2)]
+Counted = dict[tuple[str, str], list[tuple[Tally, int]]]
+"""By case and layout, of each rank."""
 CHUNK_ROWS = 20
 PER_RANK = 2
 """Sequences of a micro-batch on each rank."""
@@ -45,12 +48,14 @@ CASES = {
     "global": Case(ModelConfig(**SHAPE, qk_norm=True, moe=replace(MOE, balance_level="global")), wrapping=KEPT),
     "biased": Case(ModelConfig(**SHAPE, moe=BIASED), accumulate=2),
 }
+FOR_FOUR = ("dense", "dropless", "capacity, again", "shared", "shared, muon")
+"""Cases that four processes go through, too."""
 LOW_PRECISION = ("dense, again", "capacity, again", "shared, muon")
 """Cases under autocast to bfloat16; the others are in float32."""
 
 
-def one_step(name: str, layout: Layout) -> Tally:
-    """What this process sends in one step."""
+def one_step(name: str, layout: Layout) -> tuple[Tally, int]:
+    """What this process sends in one step, and how many numbers it holds."""
     case = replace(CASES[name], rows=PER_RANK * layout.data_ranks, dtype=torch.float32)
     world = world_in(layout, case.wrapping)
     module = module_in(world, case)
@@ -69,27 +74,28 @@ def one_step(name: str, layout: Layout) -> Tally:
         clip_gradients(network.parameters(), 1.0, world)
         optimizer.step()
         module._balance.end_step(case.config.moe, network.routed_layers(), world)
-    return tally
+    return tally, sum(world.local(parameter).numel() for parameter in network.parameters())
 
 
 def work_all(folder: Path, layouts: list[Layout]) -> None:
     """In each process: every case in every layout."""
     dist.init_process_group("gloo")
-    counted = {(name, str(layout)): one_step(name, layout) for layout in layouts for name in CASES}
+    names = CASES if dist.get_world_size() == 2 else FOR_FOUR
+    counted = {(name, str(layout)): one_step(name, layout) for layout in layouts for name in names}
     torch.save(counted, folder / f"counted-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Tally]]:
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Counted:
     """Tallies of all ranks by case and layout."""
-    merged: dict[tuple[str, str], list[Tally]] = {}
+    merged: Counted = {}
     for size, layouts in ((2, TWO), (4, FOUR)):
         folder = tmp_path_factory.mktemp(f"world-{size}")
         together(size, folder, work_all, folder, layouts)
         for rank in range(size):
-            for key, tally in torch.load(folder / f"counted-{rank}.pt", weights_only=False).items():
-                merged.setdefault(key, []).append(tally)
+            for key, found in torch.load(folder / f"counted-{rank}.pt", weights_only=False).items():
+                merged.setdefault(key, []).append(found)
     return merged
 
 
@@ -109,20 +115,19 @@ def planned(name: str, layout: Layout) -> list[Collective]:
         knows_sizes=False,
     )
     with fake_world(0, layout.world_size):
-        return step_traffic(work, shards_of(case.config, layout, 0))
+        return step_traffic(work, shards_of(case.config, layout, 0, work.is_muon))
 
 
-@pytest.mark.parametrize("layout", [*TWO, *FOUR], ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_bytes_and_calls_are_those_of_a_real_step(
-    name: str, layout: Layout, counted: dict[tuple[str, str], list[Tally]]
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout"), [*product(CASES, TWO), *product(FOR_FOUR, FOUR)], ids=lambda value: str(value)
+)
+def test_bytes_and_calls_are_those_of_a_real_step(name: str, layout: Layout, counted: Counted) -> None:
     want_bytes: Counter[str] = Counter()
     want_calls: Counter[str] = Counter()
     for collective in planned(name, layout):
         want_bytes[collective.kind] += collective.num_bytes
         want_calls[collective.kind] += collective.calls
-    tallies = counted[name, str(layout)]
+    tallies = [tally for tally, _ in counted[name, str(layout)]]
     for kind in KINDS:
         got = [tally.num_bytes[kind] for tally in tallies]
         assert [tally.calls[kind] for tally in tallies] == [want_calls[kind]] * len(tallies), kind
@@ -132,6 +137,14 @@ def test_bytes_and_calls_are_those_of_a_real_step(
             assert got == [want_bytes[kind]] * len(tallies), kind
 
 
-def test_every_kind_is_there(counted: dict[tuple[str, str], list[Tally]]) -> None:
+@pytest.mark.parametrize("layout", FOUR, ids=str)
+def test_parameters_are_those_of_each_real_rank(layout: Layout, counted: Counted) -> None:
+    for name in ("dense", "dropless"):
+        for rank, (_, numel) in enumerate(counted[name, str(layout)]):
+            with fake_world(rank, layout.world_size):
+                assert shards_of(CASES[name].config, layout, rank).numel == numel, (name, rank)
+
+
+def test_every_kind_is_there(counted: Counted) -> None:
     for kind in KINDS:
-        assert any(tally.num_bytes[kind] for tallies in counted.values() for tally in tallies), kind
+        assert any(tally.num_bytes[kind] for ranks in counted.values() for tally, _ in ranks), kind
