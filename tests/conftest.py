@@ -1,6 +1,7 @@
 """Settings of the whole test suite: one thread, no network, no W&B, and the tolerances, written once."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,8 +25,10 @@ settings.load_profile("growmoe")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _same_settings() -> Iterator[None]:
     torch.set_num_threads(1)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "a test has left another default type behind"
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,11 @@ class Layout:
                     f"strategy tp={tp} does not divide {name}={width}; "
                     f"choose tp from {_listed(_divisors(gcd(*widths.values())))}"
                 )
+        if moe is not None and config.expert_size // tp % 8:
+            raise InputError(
+                f"strategy tp={tp} cuts expert_dim={config.expert_size} into {config.expert_size // tp}, which is no "
+                "multiple of 8 as grouped matrix products need; choose a smaller tp, or a larger expert_dim"
+            )
         if tp > 1 and config.qk_norm and config.qk_norm_scope != "head":
             raise InputError(
                 f"strategy tp={tp} parts the heads over which qk_norm_scope={config.qk_norm_scope} normalises; "

@@ -159,10 +159,11 @@ def _shard(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
     for block in _blocks(network):
         if meshes.layout.ep > 1 and isinstance(block.feed_forward, RoutedExperts):
             experts = block.feed_forward.experts
-            placement = partial(_expert_placement, meshes.layout.efsdp)
+            placement = partial(_placement, meshes.layout.efsdp)
             mesh = meshes.expert_fsdp
             fully_shard(experts, mesh=mesh, reshard_after_forward=again, shard_placement_fn=placement)
-        fully_shard(block, mesh=meshes.fsdp, reshard_after_forward=again)
+        placement = partial(_placement, meshes.layout.dp_shard)
+        fully_shard(block, mesh=meshes.fsdp, reshard_after_forward=again, shard_placement_fn=placement)
     fully_shard(network, mesh=meshes.fsdp, reshard_after_forward=False)  # the loss needs the output's weight behind it
     register_fsdp_forward_method(network, "logits")
     for module in network.modules():
@@ -171,9 +172,9 @@ def _shard(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _expert_placement(sharers: int, weight: nn.Parameter) -> Shard:
-    """By expert; by rows of its matrix where a process has fewer experts than there are to share them out."""
-    assert isinstance(weight, DTensor)
-    local = weight.to_local()
-    by_rows = local.shape[0] % sharers and local.shape[1] % sharers == 0
-    return Shard(1) if by_rows else Shard(0)
+def _placement(sharers: int, weight: nn.Parameter) -> Shard | None:
+    """Experts by number; where there are too few, by the first side of their matrices that comes out even."""
+    if weight.ndim < 3:
+        return None
+    sizes = (weight.to_local() if isinstance(weight, DTensor) else weight).shape
+    return Shard(next((dim for dim, size in enumerate(sizes) if size % sharers == 0), 0))

@@ -1,5 +1,7 @@
 """Degrees of parallelism: every mistake is one clear line with the choices that work, before processes meet."""
 
+from dataclasses import replace
+
 import pytest
 
 from app.strategies.layout import Layout, resolve_layout
@@ -56,6 +58,7 @@ def test_degrees_that_are_no_factorisation(world_size: int, degrees: dict[str, i
         (Layout(tp=8), DENSE, "tp=8 does not divide num_kv_heads=4; choose tp from 1, 2, 4"),
         (Layout(tp=3), DENSE, "tp=3 does not divide num_heads=8"),
         (Layout(tp=2), ModelConfig(64, dim=32, num_heads=8, ffn_dim=49), "tp=2 does not divide ffn_dim=49"),
+        (Layout(tp=2), replace(MIXTURE, moe=MoEConfig(4, expert_dim=24)), "cuts expert_dim=24 into 12"),
         (Layout(tp=2), ModelConfig(64, dim=32, num_heads=8, qk_norm=True, qk_norm_scope="projection"), "qk_norm_scope"),
     ],
 )

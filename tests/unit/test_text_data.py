@@ -49,7 +49,7 @@ def _attach(data: BilingualText, *, rank: int = 0, world: int = 1, steps: int = 
     total = SimpleNamespace(processed=data._resumed_batches)
     progress = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
     data.trainer = SimpleNamespace(
-        global_rank=rank,
+        strategy=SimpleNamespace(world=SimpleNamespace(data_rank=rank, data_ranks=world)),
         world_size=world,
         max_steps=steps,
         accumulate_grad_batches=accumulate,
