@@ -185,7 +185,8 @@ class TrainingCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print what was measured."""
         metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
-        sys.stdout.write("".join(f"{name} {value:.4f}\n" for name, value in metrics.items()))
+        if self.trainer.is_global_zero:
+            sys.stdout.write("".join(f"{name} {value:.4f}\n" for name, value in metrics.items()))
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
@@ -281,7 +282,7 @@ class TrainingCLI(LightningCLI):
             )
 
     def _check_data(self) -> None:
-        """Open and check the data before Lightning opens loggers (on several ranks, Lightning's own order does it)."""
+        """Make, open and check the data before anything is written: each process for itself, they have not met yet."""
         self._check_vocabulary()
         if self.datamodule.seq_len > self.model.architecture.max_seq_len:
             raise InputError(
@@ -289,9 +290,8 @@ class TrainingCLI(LightningCLI):
                 f"max_seq_len={self.model.architecture.max_seq_len}; lower data.seq_len or raise "
                 "model.architecture.max_seq_len"
             )
-        if self.trainer.world_size == 1:
-            self.datamodule.prepare_data()
-            self.datamodule.setup("fit" if self.subcommand == "fit" else "validate")
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit" if self.subcommand == "fit" else "validate")
 
     def _open_run(self, run_dir: Path, chosen: Path | None, metadata: dict[str, Any]) -> None:
         """Write the resolved configuration, take the logs back to the checkpoint, and start the loggers."""

@@ -73,7 +73,7 @@ class SyntheticWorld(TextDataModule):
         return [language for language in LANGUAGES if self.weights is None or language in self.weights]
 
     def prepare_data(self) -> None:
-        """Makes the world, its tokens and its tasks, unless they are there; called on one process per machine."""
+        """Makes the world, its tokens and its tasks, unless they are there; several processes may do so at once."""
         if not self.folder.exists():
             try:
                 self._make_folder()

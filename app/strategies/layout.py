@@ -3,7 +3,6 @@
 Pure arithmetic, so that everything is checked before a process group or a weight exists.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Literal
@@ -136,11 +135,3 @@ def _divisors(number: int) -> list[int]:
 
 def _listed(numbers: list[int]) -> str:
     return ", ".join(str(number) for number in numbers)
-
-
-def layouts_of(world_size: int) -> Iterator[Layout]:
-    """All layouts of so many processes."""
-    for tp in _divisors(world_size):
-        for dp_shard in _divisors(world_size // tp):
-            for ep in _divisors(dp_shard):
-                yield Layout(world_size // tp // dp_shard, dp_shard, ep, tp)

@@ -66,25 +66,22 @@ def parallelize(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> Non
 
 def _split_channels(network: Transformer, tp: DeviceMesh) -> None:
     """Tensor parallelism (Megatron, arXiv 1909.08053): heads and channels by column, then by row; words too."""
-    copy = PrepareModuleInput
-    whole = Replicate()
     plan: dict[str, Any] = {}
     for number, block in enumerate(_blocks(network)):
         at = f"blocks.{number}"
-        rest = (None,) * 4  # rotary angles, mask, layer, cache
-        plan[f"{at}.attention"] = copy(input_layouts=(whole, *rest), desired_input_layouts=(whole, *rest))
+        plan[f"{at}.attention"] = _same_input(4)  # beside it: rotary angles, mask, layer, cache
         plan |= {f"{at}.attention.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
         plan[f"{at}.attention.o_proj"] = RowwiseParallel()
         feed_forward = block.feed_forward
         if isinstance(feed_forward, FeedForward):
-            plan |= _feed_forward_plan(f"{at}.feed_forward", (None,))
+            plan |= _feed_forward_plan(f"{at}.feed_forward", 1)
         elif isinstance(feed_forward, RoutedExperts) and feed_forward.shared is not None:
-            plan |= _feed_forward_plan(f"{at}.feed_forward.shared", ())
+            plan |= _feed_forward_plan(f"{at}.feed_forward.shared", 0)
         for norm in (block.attention.q_norm, block.attention.k_norm):
             if isinstance(norm, RMSNorm):
                 _replace_forward(norm, partial(_norm_of_some_heads, norm, tp=tp))
     if network.config.vocab_size % tp.size() == 0:
-        plan["embedding"] = RowwiseParallel(input_layouts=whole)
+        plan["embedding"] = RowwiseParallel(input_layouts=Replicate())
         if network.head is not None:
             weight = distribute_tensor(network.head.weight, tp, [Shard(0)])
             network.head.weight = nn.Parameter(weight)
@@ -92,10 +89,16 @@ def _split_channels(network: Transformer, tp: DeviceMesh) -> None:
     parallelize_module(network, tp, plan)
 
 
-def _feed_forward_plan(at: str, rest: tuple[None, ...]) -> dict[str, Any]:
-    whole = Replicate()
+def _same_input(others: int) -> PrepareModuleInput:
+    """A module's first input is the same on all processes, and so one sum gives its gradient; others are no tensors, or
+    have none."""
+    layouts = (Replicate(), *[None] * others)
+    return PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+
+
+def _feed_forward_plan(at: str, others: int) -> dict[str, Any]:
     return {
-        at: PrepareModuleInput(input_layouts=(whole, *rest), desired_input_layouts=(whole, *rest)),
+        at: _same_input(others),
         f"{at}.gate": ColwiseParallel(),
         f"{at}.up": ColwiseParallel(),
         f"{at}.down": RowwiseParallel(),
