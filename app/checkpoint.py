@@ -117,8 +117,11 @@ def open_weights(path: Path) -> "Weights":
     return split_state(state)[0]
 
 
-def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def load_state(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Lightning's checkpoint dictionary, verified, and read with `weights_only` (no pickled code runs).
+
+    Args:
+        mmap: map the optimizer's state, too, for those who want parts of it.
 
     Raises:
         InputError: a damaged checkpoint, or one without a run's state: an imported model.
@@ -127,8 +130,13 @@ def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
     weights = open_weights(path)
     require_state(path)
-    state = torch.load(path / STATE, map_location=map_location, weights_only=True)
+    state = torch.load(path / STATE, map_location=map_location, weights_only=True, mmap=mmap)
     return state | {"state_dict": {PREFIX + name: tensor for name, tensor in weights.items()}}
+
+
+def digest(path: Path) -> str:
+    """What tells one checkpoint from another: the sha256 of its manifest, which holds those of its files."""
+    return _fingerprint(path / MANIFEST)["sha256"]
 
 
 def has_state(path: Path) -> bool:

@@ -261,10 +261,10 @@ class TrainingCLI(LightningCLI):
             "fast_dev_run": ((False, 0), "a short run is trainer.max_steps"),
             "use_distributed_sampler": ((False,), "the data modules share samples out themselves"),
         }
-        if given["precision"] in ("16-true", "transformer-engine-float16"):
+        if given["precision"] in ("16-true", "16-mixed", "16", "transformer-engine-float16"):
             raise InputError(
-                f"trainer.precision={given['precision']} keeps weights in float16, which loses most updates and "
-                "diverges; use bf16-mixed, or 16-mixed on a GPU without bfloat16"
+                f"trainer.precision={given['precision']} has float16, in which small gradients vanish and weights lose "
+                "most updates; use bf16-mixed, or 32-true on a device without bfloat16"
             )
         for name, (allowed, reason) in refused.items():
             if given[name] not in allowed:

@@ -1,5 +1,6 @@
 """Transitions inside a run: between two optimizer steps the network is exchanged for a grown one."""
 
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -141,6 +142,7 @@ class Growth(pl.Callback):
             observer.before_transition(trainer, pl_module)
         started = time.perf_counter()
         record = exchange_network(stage, trainer, pl_module)
+        gc.collect()  # the former network holds itself by its hooks
         self._progress = _Progress(step=trainer.global_step)
         record = {
             "step": trainer.global_step,
@@ -187,6 +189,7 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
     before = _Probe(pl_module, held)
     world = pl_module.world
     world.settle(old)
+    old.zero_grad(set_to_none=True)
     source = network_source(old, _named_optimizer_state(trainer, old), pl_module.factors, world)
     grown = apply_stage(source, stage, pl_module.device, world)
     pl_module.set_network(grown.network, grown.factors, stage.identity)

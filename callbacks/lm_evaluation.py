@@ -231,6 +231,9 @@ def _beside_transition(path: Path, transition: Mapping[str, Any]) -> dict[str, A
 
 
 def _warn(trainer: pl.Trainer, what: str, error: Exception) -> None:
+    """Tell, and go on; but of several processes, which answer together, one cannot go on alone."""
+    if trainer.world_size > 1:
+        raise error
     rank_zero_warn(
         f"{what} at step {trainer.global_step} failed, and training goes on ({type(error).__name__}: {error})"
     )

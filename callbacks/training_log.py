@@ -39,7 +39,7 @@ class TrainingLog(pl.Callback):
         """Add up this micro-batch, and log at the end of a step that is to be logged."""
         num_languages = len(trainer.datamodule.languages)
         assert self._new is not None
-        samples = torch.bincount(batch["language"], minlength=num_languages)
+        samples = torch.zeros_like(self._new).index_add_(0, batch["language"], torch.ones_like(batch["language"]))
         self._new += samples
         losses = outputs["losses_BL"].mean(dim=1)
         self._add("loss", outputs["lm_loss"])

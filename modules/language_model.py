@@ -88,8 +88,10 @@ class LanguageModel(pl.LightningModule):
         with torch.device("meta"):
             self.network = Transformer(self.architecture)
         self.world.place(self.network, self._memory_device)
-        values = self.network.initial_values() if self._start_weights is None else self._start_weights.items()
-        fill(self.world, self.network, values)
+        if self._start_weights is not None:
+            fill(self.world, self.network, self._start_weights.items())
+        elif getattr(self._trainer, "ckpt_path", None) is None:  # else all of it comes from a checkpoint
+            fill(self.world, self.network, self.network.initial_values())
         self._start_weights = None
 
     @property

@@ -2,21 +2,25 @@
 
 import logging
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from app import checkpoint as store
 from app.launcher import Launcher
 from app.strategies.layout import Degree, Layout, resolve_layout
 from app.strategies.parallelize import Recomputation, Wrapping
 from app.strategies.world import MeshWorld
 from modules.config import ModelConfig
+from modules.errors import InputError, require_positive
 from modules.language_model import LanguageModel
 from modules.world import fill
 
@@ -37,6 +41,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         compile: compile each block.
         reshard_after_forward: gather parameters again in the backward pass, rather than keep them.
         process_group_backend: empty: nccl on GPUs, gloo on CPUs.
+        timeout_minutes: how long processes wait for each other before they give up; the first saves while others wait.
     """
 
     def __init__(
@@ -49,8 +54,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         compile: bool = False,
         reshard_after_forward: bool = True,
         process_group_backend: str | None = None,
+        timeout_minutes: int = 60,
     ) -> None:
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        require_positive(**{"strategy timeout_minutes": timeout_minutes})
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
         self.degrees: dict[str, Degree] = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "ep": ep, "tp": tp}
         self.wrapping = Wrapping(activation_checkpointing, compile, reshard_after_forward)
 
@@ -129,8 +140,21 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; its tensors are mapped, and each process copies the part that it holds."""
-        return self.checkpoint_io.load_checkpoint(Path(checkpoint_path))
+        """Read a checkpoint; its tensors are mapped, and each process copies the part that it holds.
+
+        Raises:
+            InputError: processes have chosen different ones, as where a directory is not seen alike by all machines.
+        """
+        path = Path(checkpoint_path)
+        chosen: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(chosen, (str(path), store.digest(path)))
+        other = next((rank for rank, one in enumerate(chosen) if one[1] != chosen[0][1]), None)
+        if other is not None:
+            raise InputError(
+                f"processes would continue from different checkpoints: rank 0 from {chosen[0][0]}, rank {other} from "
+                f"{chosen[other][0]}; name one with --ckpt_path that all of them see"
+            )
+        return store.load_state(path, mmap=True)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -149,9 +173,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """Entries with whole tensors, one after the other; every process takes part, the first keeps them."""
         gathered = {}
         for name, value in entries.items():
-            whole = self.world.whole(value).detach().cpu() if isinstance(value, Tensor) else value
+            whole = self.world.whole(value) if isinstance(value, Tensor) else value
             if self.is_global_zero:
-                gathered[name] = whole
+                gathered[name] = whole.detach().cpu() if isinstance(whole, Tensor) else whole
         return gathered
 
     def _shared_out(self, entries: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:

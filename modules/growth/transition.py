@@ -222,8 +222,8 @@ def grown_state(grown: ParameterSource, network: nn.Module, world: World = ONE_P
             first, second = moments.first, moments.second
             tensors = {MOMENTUM: first} if second is None else {"exp_avg": first, "exp_avg_sq": second}
             state[name] = {key: world.part(tensor, parameter) for key, tensor in tensors.items()}
-            count = torch.tensor(moments.step, dtype=torch.float32)
-            state[name]["step"] = count if parameter.is_meta else count.to(parameter.device, parameter.dtype)
+            device = None if parameter.is_meta else parameter.device
+            state[name]["step"] = torch.tensor(moments.step, dtype=torch.float32, device=device)
             if moments.births:
                 state[name][BIRTHS] = [dict(birth) for birth in moments.births]
     return state

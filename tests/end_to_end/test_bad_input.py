@@ -57,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--checkpoint.keep_last=1", "checkpoint.keep_last=1 must be at least 2"),
         ("--trainer.limit_train_batches=2", "trainer.limit_train_batches=2 is not offered"),
         ("--trainer.log_every_n_steps=0", "trainer.log_every_n_steps=0 must be at least 1"),
-        ("--trainer.precision=16-true", "keeps weights in float16"),
+        ("--trainer.precision=16-true", "has float16"),
         ("--trainer.enable_checkpointing=false", "trainer.enable_checkpointing=False is not offered"),
         ("--trainer.fast_dev_run=true", "trainer.fast_dev_run=True is not offered"),
         ("--console.every_n_logs=0", "console.every_n_logs=0"),
