@@ -1,7 +1,6 @@
 """`fit` and `validate`: LightningCLI with growmoe's parts, and every check that comes before a run writes anything."""
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins import DoublePrecision
 
 from app import checkpoint as store
 from app.checkpoint_io import DirectoryCheckpointIO
@@ -24,6 +21,7 @@ from app.resume import choose_checkpoint
 from app.run_log import RunLog
 from app.start import start_from
 from app.strategies import ExpertParallelStrategy
+from app.trainer import checked, trainer_in
 from app.wandb_log import WandbSettings, start_wandb
 from callbacks.checkpointing import Checkpointing
 from callbacks.console import Console
@@ -95,12 +93,11 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with our callbacks in their order; loggers join once every check has passed."""
-        self._check_trainer()
+        settings = checked(self._get(self.config_init, "trainer")) | kwargs
         parts = {key: self._get(self.config_init, key) for key in CONFIGURABLE}
         self.growth: Growth = parts["growth"]
         self.stopper = StopOnSignal()
         self.checkpoint_io = DirectoryCheckpointIO(self.datamodule)
-        settings = {**self._get(self.config_init, "trainer"), **kwargs}
         training = [
             TrainingLog(),
             parts["throughput"],
@@ -118,18 +115,11 @@ class TrainingCLI(LightningCLI):
         ours = training if self.subcommand == "fit" else [parts["console"]]
         settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
         settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
-        if settings["strategy"] == "auto" and _num_processes(settings) > 1:
-            settings["strategy"] = ExpertParallelStrategy()
-        if isinstance(settings["strategy"], ExpertParallelStrategy) and settings["precision"] in ("64", "64-true"):
-            settings["precision"] = None  # Lightning refuses it by the strategy's base class, and takes the plugin
-            settings["plugins"].append(DoublePrecision())
         self.extra_loggers = settings["logger"]
         settings["logger"] = False
         if self.subcommand != "fit":
             settings["enable_checkpointing"] = False
-        trainer = pl.Trainer(**settings)
-        _check_strategy(trainer)
-        return trainer
+        return trainer_in(settings)
 
     # -- fit -----------------------------------------------------------------------------------------------------------
 
@@ -162,7 +152,8 @@ class TrainingCLI(LightningCLI):
         """End as the signal that stopped the run demands."""
         number = self.stopper.received
         if number is not None:
-            sys.stderr.write(f"growmoe fit: stopped by {signal.Signals(number).name} after a checkpoint\n")
+            if self.trainer.is_global_zero:
+                sys.stderr.write(f"growmoe fit: stopped by {signal.Signals(number).name} after a checkpoint\n")
             sys.exit(128 + number)
 
     # -- validate ------------------------------------------------------------------------------------------------------
@@ -250,28 +241,6 @@ class TrainingCLI(LightningCLI):
         self.model.restore_shape(metadata)
         return metadata
 
-    def _check_trainer(self) -> None:
-        """Refuse options of Lightning's trainer that would break the order of the data, or do nothing."""
-        given = self._get(self.config_init, "trainer")
-        refused = {
-            "gradient_clip_algorithm": ((None, "norm"), "gradients are clipped by their global norm"),
-            "limit_train_batches": ((None, 1.0), "the length of a run is trainer.max_steps"),
-            "overfit_batches": ((0.0,), "data.seed and trainer.max_steps decide what is seen"),
-            "enable_checkpointing": ((None, True), "a run must be able to resume (see checkpoint.every_n_steps)"),
-            "fast_dev_run": ((False, 0), "a short run is trainer.max_steps"),
-            "use_distributed_sampler": ((False,), "the data modules share samples out themselves"),
-        }
-        if given["precision"] in ("16-true", "16-mixed", "16", "transformer-engine-float16"):
-            raise InputError(
-                f"trainer.precision={given['precision']} has float16, in which small gradients vanish and weights lose "
-                "most updates; use bf16-mixed, or 32-true on a device without bfloat16"
-            )
-        for name, (allowed, reason) in refused.items():
-            if given[name] not in allowed:
-                raise InputError(f"trainer.{name}={given[name]} is not offered, since {reason}; leave it out")
-        if given["log_every_n_steps"] < 1:
-            raise InputError(f"trainer.log_every_n_steps={given['log_every_n_steps']} must be at least 1")
-
     def _check_vocabulary(self) -> None:
         """The vocabulary is the data's; another one given to the model would be overridden without a word."""
         given, known = self.config[self.subcommand].get(VOCABULARY), self.datamodule.vocab_size
@@ -335,29 +304,6 @@ def run(arguments: Sequence[str], cli: type[TrainingCLI] = TrainingCLI) -> None:
             save_config_callback=None,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-        )
-
-
-def _num_processes(settings: dict[str, Any]) -> int:
-    """Of the whole run: those of the launcher, or those that Lightning is going to start."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    devices = settings["devices"]
-    if devices in ("auto", -1, "-1"):
-        devices = torch.cuda.device_count() if settings["accelerator"] in ("auto", "gpu", "cuda") else 1
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
-    return max(1, count) * settings["num_nodes"]
-
-
-def _check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse strategies of Lightning's for many processes: they average gradients, and keep models from growing."""
-    if isinstance(trainer.strategy, ExpertParallelStrategy):
-        trainer.strategy.layout_of()
-    elif trainer.world_size > 1:
-        name = type(trainer.strategy).__name__
-        raise InputError(
-            f"trainer.strategy={name} does not train {trainer.world_size} processes as one; leave it out for "
-            "ExpertParallelStrategy, whose dp_replicate, dp_shard, ep and tp say who holds what"
         )
 
 

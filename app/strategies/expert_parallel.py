@@ -38,7 +38,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             for each stage of growth.
         tp: processes that share out attention heads, feed-forward channels and vocabulary.
         activation_checkpointing: none, selective (attention is computed again) or full (only inputs of blocks stay).
-        compile: compile each block.
+        compile: compile attention and dense feed-forwards; not together with tp.
         reshard_after_forward: gather parameters again in the backward pass, rather than keep them.
         process_group_backend: empty: nccl on GPUs, gloo on CPUs.
         timeout_minutes: how long processes wait for each other before they give up; the first saves while others wait.
@@ -56,14 +56,26 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout_minutes: int = 60,
     ) -> None:
-        require_positive(**{"strategy timeout_minutes": timeout_minutes})
         super().__init__(
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
             timeout=timedelta(minutes=timeout_minutes),
         )
+        self.timeout_minutes = timeout_minutes
         self.degrees: dict[str, Degree] = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "ep": ep, "tp": tp}
         self.wrapping = Wrapping(activation_checkpointing, compile, reshard_after_forward)
+
+    def check(self) -> None:
+        """Raise `InputError` for options that contradict each other or the number of processes.
+
+        Compiled blocks under tensor parallelism trained to other weights (torch 2.13, docs/log.md).
+        """
+        require_positive(**{"strategy timeout_minutes": self.timeout_minutes})
+        layout = self.layout_of()
+        if self.wrapping.compile and layout.tp > 1:
+            raise InputError(
+                f"strategy compile=true with tp={layout.tp} trains to wrong weights; choose tp=1, or compile=false"
+            )
 
     def layout_of(self, config: ModelConfig | None = None) -> Layout:
         """The layout of the processes at hand for a model; raises `InputError` where there is none."""

@@ -41,7 +41,7 @@ class Wrapping:
     Attributes:
         activation_checkpointing: none keeps all activations; full keeps the inputs of blocks alone and computes the
             rest again in the backward pass; selective computes attention again, and exchanges no rows twice.
-        compile: compile each block.
+        compile: compile attention and dense feed-forwards, each block's; experts run as they are.
         reshard_after_forward: gather a block's parameters again in the backward pass, rather than keep them.
     """
 
@@ -60,7 +60,7 @@ def parallelize(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> Non
     for block in _blocks(network):
         _recompute(block, wrapping.activation_checkpointing)
         if wrapping.compile:
-            block.compile()
+            _compile(block)
     _shard(network, meshes, wrapping)
 
 
@@ -142,6 +142,12 @@ def _recompute(block: Block, what: Recomputation) -> None:
     if what != "none":
         again = block if what == "full" else block.attention
         _replace_forward(again, partial(checkpoint, again.forward, use_reentrant=False))
+
+
+def _compile(block: Block) -> None:
+    """A dense block as one graph; of a routed one attention alone, since rows of experts have another number each time,
+    and their grouped products compile in bfloat16 only."""
+    (block.attention if isinstance(block.feed_forward, RoutedExperts) else block).compile()
 
 
 def _blocks(network: Transformer) -> list[Block]:
