@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from app.strategies import dispatchers
 from app.strategies.layout import Layout
+from app.strategies.parallelize import Wrapping
 from app.strategies.world import MeshWorld
 from modules.config import ModelConfig
 from modules.layers.experts import Experts
@@ -110,6 +111,25 @@ def static(world: MeshWorld, case: Case) -> Trained:
 
     with patch.object(dispatchers.AllToAllDispatcher, "__init__", on_accelerator):
         return train(world, case)
+
+
+COMPILED = [replace(CASES[name], wrapping=Wrapping(compile=True), steps=3) for name in ("dense", "top-k")]
+
+
+def compiled(folder: Path) -> None:
+    """In each process: compiled blocks."""
+    dist.init_process_group("gloo")
+    found = [train(world_in(Layout(1, 2, ep=2), case.wrapping), case) for case in COMPILED]
+    if dist.get_rank() == 0:
+        torch.save(found, folder / "found.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
+    together(2, tmp_path, compiled, tmp_path)
+    for case, got in zip(COMPILED, torch.load(tmp_path / "found.pt", weights_only=False), strict=True):
+        assert distance(train(ONE_PROCESS, case), got) < EXACT
 
 
 STATIC = [replace(CASES[name], rows=8) for name in ("capacity", "gshard", "expert choice")]

@@ -76,6 +76,32 @@ def test_flags(flag: str, words: str, world: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ("ddp", "trainer.strategy=DDPStrategy does not train 2 processes as one"),
+        ({"ep": 3}, "ep=3 does not divide dp_shard=2"),
+        ({"dp_shard": 3}, "no factorisation of 2 processes; for example dp_shard=2, tp=1; dp_shard=1, tp=2"),
+        ({"tp": 2, "compile": True}, "compile=true with tp=2"),
+        ({"timeout_minutes": 0}, "timeout_minutes=0 must be at least 1"),
+        ({"dp_shards": 2}, "did you mean dp_shard?"),
+        ({"activation_checkpointing": "half"}, "'selective', 'full'"),
+        ({"ep": 2}, "ep=2 does not divide num_experts=3"),  # of the second stage
+        ({"tp": 2}, "tp=2 does not divide num_heads=3"),
+    ],
+    ids=str,
+)
+def test_layouts(strategy: Any, words: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All stages are checked, before processes are started."""
+    if isinstance(strategy, dict):
+        strategy = {"class_path": "app.strategies.ExpertParallelStrategy", "init_args": strategy}
+    config = runs.settings(tmp_path / "run", world, devices=2, strategy=strategy)
+    config["growth"]["stages"][1]["target"]["moe"] = {"num_experts": 3, "top_k": 1}
+    line = refused(capsys, "fit", "--config", str(runs.write(config, tmp_path / "config.yaml")))
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("stages", "words"),
     [
         (
