@@ -7,8 +7,14 @@
         tokenizer.json        so that a checkpoint generates and evaluates by itself; an imported model may have none
         manifest.json         format version, bytes and sha256 of each file, and the metadata; written last
 
+Where several processes have written it, each its part, there is instead of weights.safetensors (`checkpoint_parts`)
+
+        shard-00001-model-00001-of-00002.safetensors    the first process's part of the weights
+        shard-00001-model-00002-of-00002.safetensors    ... and of the optimizer's moments, which state.pt then lacks
+        tensors.json          which block of each tensor is in which file
+
 A checkpoint is valid when its manifest is there and every file matches it. Nothing is ever overwritten. Format version
-1 had the weights in state.pt, and is still read.
+1 had the weights in state.pt, and is still read; 3 is that in parts.
 """
 
 import hashlib
@@ -16,18 +22,21 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modules.config import MANIFEST
 from modules.errors import InputError
-from modules.files import whole_directory
+from modules.files import publish_directory, whole_directory
 
 if TYPE_CHECKING:
+    from app.checkpoint_parts import Index
     from modules.weights import Weights
 
-FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
+WHOLE, PARTED = 2, 3
+"""Format versions."""
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 TOKENIZER = "tokenizer.json"
@@ -54,22 +63,60 @@ def write_checkpoint(
     Raises:
         FileExistsError: `path` is there already.
     """
-    import torch
-
     from modules.weights import write_safetensors
 
     if path.exists():
         raise FileExistsError(f"checkpoint {path} exists already, and checkpoints are never overwritten")
     with whole_directory(path) as aside:
         write_safetensors(aside / WEIGHTS, weights)
-        if state is not None:
-            with (aside / STATE).open("wb") as file:
-                torch.save(dict(state), file)
-        if tokenizer_json is not None:
-            (aside / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-        files = {file.name: _fingerprint(file) for file in sorted(aside.iterdir())}
-        manifest = {"format_version": FORMAT_VERSION, "files": files, "metadata": dict(metadata)}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        _write_rest(aside, state, tokenizer_json)
+        _write_manifest(aside, WHOLE, {}, metadata)
+
+
+def publish_parts(
+    aside: Path,
+    path: Path,
+    *,
+    files: Mapping[str, dict[str, Any]],
+    index: "Index",
+    metadata: Mapping[str, Any],
+    state: Mapping[str, Any],
+    tokenizer_json: str,
+) -> None:
+    """Complete the directory into which several processes have written their parts, and give it its name.
+
+    Args:
+        aside: the directory.
+        path: its name as a checkpoint.
+        files: the fingerprints of the parts (`fingerprint`), by name.
+        index: which block of each tensor is in which of them.
+        metadata, state, tokenizer_json: as for `write_checkpoint`.
+    """
+    from app.checkpoint_parts import INDEX, write_index
+
+    write_index(aside / INDEX, index)
+    _write_rest(aside, state, tokenizer_json)
+    _write_manifest(aside, PARTED, files, metadata)
+    publish_directory(aside, path)
+
+
+def _write_rest(folder: Path, state: Mapping[str, Any] | None, tokenizer_json: str | None) -> None:
+    import torch
+
+    if state is not None:
+        with (folder / STATE).open("wb") as file:
+            torch.save(dict(state), file)
+    if tokenizer_json is not None:
+        (folder / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+
+
+def _write_manifest(
+    folder: Path, version: int, known: Mapping[str, dict[str, Any]], metadata: Mapping[str, Any]
+) -> None:
+    """The manifest of the files that are there; fingerprints that are known are not taken again."""
+    files = {file.name: known.get(file.name) or fingerprint(file) for file in sorted(folder.iterdir())}
+    manifest = {"format_version": version, "files": files, "metadata": dict(metadata)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def split_state(checkpoint: Mapping[str, Any]) -> tuple["Weights", dict[str, Any]]:
@@ -92,10 +139,24 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Compare every file with its sha256; raises `InputError` naming the first that differs."""
-    for name, expected in _read_manifest(path)["files"].items():
+    """Compare every file with its sha256; raises `InputError` naming the first that differs.
+
+    A process does so once, as long as nothing writes to the files.
+    """
+    files = {name: entry["sha256"] for name, entry in _read_manifest(path)["files"].items()}
+    try:
+        stats = [(path / name).stat() for name in files]
+    except OSError as error:
+        raise InputError(f"checkpoint {path} is damaged: a file cannot be read ({error}); use another") from None
+    _compare(path, tuple(files.items()), tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+
+
+@lru_cache(maxsize=16)
+def _compare(path: Path, files: Sequence[tuple[str, str]], stats: Sequence[tuple[int, int, int]]) -> None:
+    """Compare files with their sha256; `stats` tells whether they may have changed since."""
+    for name, expected in files:
         try:
-            found = _fingerprint(path / name)
+            found = fingerprint(path / name)["sha256"]
         except OSError as error:
             raise InputError(f"checkpoint {path} is damaged: {name} cannot be read ({error}); use another") from None
         if found != expected:
@@ -108,35 +169,49 @@ def open_weights(path: Path) -> "Weights":
     """The network's weights, verified, read one by one from a memory map."""
     import torch
 
+    from app.checkpoint_parts import INDEX, open_parted_weights
     from modules.weights import open_safetensors
 
     verify(path)
+    if (path / INDEX).is_file():
+        return open_parted_weights(path)
     if (path / WEIGHTS).is_file():
         return open_safetensors(path / WEIGHTS)
     state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
     return split_state(state)[0]
 
 
-def load_state(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def load_state(path: Path, map_location: Any = "cpu", lazy: bool = False) -> dict[str, Any]:
     """Lightning's checkpoint dictionary, verified, and read with `weights_only` (no pickled code runs).
 
     Args:
-        mmap: map the optimizer's state, too, for those who want parts of it.
+        lazy: for those who want parts of it: tensors are mapped, or `checkpoint_parts.StoredTensor`s, of both of which
+            `tensor[region]` reads that block alone.
 
     Raises:
         InputError: a damaged checkpoint, or one without a run's state: an imported model.
     """
     import torch
 
-    weights = open_weights(path)
+    from app.checkpoint_parts import INDEX, PartedTensors, give_back
+
+    verify(path)
     require_state(path)
-    state = torch.load(path / STATE, map_location=map_location, weights_only=True, mmap=mmap)
+    state = torch.load(path / STATE, map_location=map_location, weights_only=True, mmap=lazy)
+    if (path / INDEX).is_file():
+        parts = PartedTensors(path)
+        tensors: dict[str, Any] = dict(parts.tensors)
+        if not lazy:
+            tensors = {name: tensor.whole().to(map_location) for name, tensor in tensors.items()}
+        weights = give_back(state, tensors)
+    else:
+        weights = dict(open_weights(path).items())
     return state | {"state_dict": {PREFIX + name: tensor for name, tensor in weights.items()}}
 
 
 def digest(path: Path) -> str:
     """What tells one checkpoint from another: the sha256 of its manifest, which holds those of its files."""
-    return _fingerprint(path / MANIFEST)["sha256"]
+    return fingerprint(path / MANIFEST)["sha256"]
 
 
 def has_state(path: Path) -> bool:
@@ -230,10 +305,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(
             f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}); use an older one"
         ) from None
-    if version > FORMAT_VERSION:
+    if version > PARTED:
         raise InputError(
-            f"checkpoint {path} has format version {version}, and this growmoe reads up to {FORMAT_VERSION}; "
-            "update growmoe"
+            f"checkpoint {path} has format version {version}, and this growmoe reads up to {PARTED}; update growmoe"
         )
     for name, expected in files.items():
         size = (path / name).stat().st_size if (path / name).is_file() else 0
@@ -245,7 +319,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, as in a manifest."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}

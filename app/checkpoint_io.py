@@ -26,6 +26,11 @@ class DirectoryCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write one checkpoint; the model's record also goes into the manifest, where it is read first."""
+        weights, state = store.split_state(checkpoint)
+        store.write_checkpoint(Path(path), weights=weights, state=state, **self.describe(checkpoint))
+
+    def describe(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """What goes into a checkpoint beside Lightning's: its metadata, and the text of the tokenizer."""
         metadata = {
             "step": checkpoint["global_step"],
             "tokens": self.datamodule.consumed_samples * self.datamodule.seq_len,
@@ -35,11 +40,7 @@ class DirectoryCheckpointIO(CheckpointIO):
             **self.record,
             "versions": store.library_versions(),
         }
-        weights, state = store.split_state(checkpoint)
-        tokenizer_json = self.datamodule.tokenizer.to_json()
-        store.write_checkpoint(
-            Path(path), weights=weights, metadata=metadata, state=state, tokenizer_json=tokenizer_json
-        )
+        return {"metadata": metadata, "tokenizer_json": self.datamodule.tokenizer.to_json()}
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None

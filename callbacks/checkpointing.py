@@ -3,14 +3,30 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.cadence import finished_step
+from modules.config import MANIFEST
 from modules.errors import InputError, require_positive
 from modules.language_model import LanguageModel
+
+
+@runtime_checkable
+class SavesInBackground(Protocol):
+    """A strategy that writes checkpoints while training goes on."""
+
+    is_saving: bool
+
+    def check_saving(self) -> None:
+        """Raise the error of a checkpoint that could not be written, as soon as it is known."""
+        ...
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is complete; raises where it could not be."""
+        ...
 
 
 class Checkpointing(Checkpoint):
@@ -38,10 +54,18 @@ class Checkpointing(Checkpoint):
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time, or when this is the last step."""
+        if isinstance(trainer.strategy, SavesInBackground):
+            trainer.strategy.check_saving()
         step = trainer.global_step
         last = step == trainer.max_steps or trainer.should_stop
         if finished_step(trainer) and (last or step % self.every_n_steps == 0):
             self._save_regular(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Wait for a checkpoint that is still being written."""
+        if isinstance(trainer.strategy, SavesInBackground):
+            trainer.strategy.finish_saving()
+            self._prune(trainer)
 
     def before_transition(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Keep the last state of the smaller model for good."""
@@ -75,12 +99,16 @@ class Checkpointing(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, name: str) -> Path:
         path = _folder(trainer) / name
+        if trainer.is_global_zero and path.exists() and not (path / MANIFEST).exists():
+            trainer.strategy.checkpoint_io.remove_checkpoint(path)  # the rest of one whose deletion was interrupted
         if not trainer.strategy.broadcast(path.exists()):  # it is there when the run was resumed from this very state
             trainer.save_checkpoint(path)
         return path
 
     def _prune(self, trainer: pl.Trainer) -> None:
-        while len(self._kept) > self.keep_last:
+        """A checkpoint that is still being written does not count yet."""
+        is_saving = isinstance(trainer.strategy, SavesInBackground) and trainer.strategy.is_saving
+        while len(self._kept) > self.keep_last + is_saving:
             path = _folder(trainer) / self._kept.pop(0)
             if path.exists():  # a run that continues another run's checkpoint has none of its files
                 trainer.strategy.remove_checkpoint(path)

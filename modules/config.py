@@ -14,6 +14,8 @@ from modules.moe_config import TRAINING_SETTINGS, MoEConfig
 
 CHECKPOINT_KEY = "growmoe"
 """Where a checkpoint keeps what is needed to rebuild the network before its weights are loaded."""
+MANIFEST = "manifest.json"
+"""The file that makes a directory a checkpoint: it is written last, and names all others."""
 
 
 @dataclass(frozen=True)

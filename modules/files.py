@@ -29,18 +29,29 @@ def replace_file(path: Path, data: bytes) -> None:
 def whole_directory(path: Path) -> Iterator[Path]:
     """A directory that is complete or not there: yields one beside `path` to fill, brings it to the disk, and renames
     it. Where filling it fails nothing stays."""
-    aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
+    aside = directory_beside(path)
     try:
         yield aside
-        for file in sorted(aside.iterdir()):
-            sync_file(file)
-        sync_directory(aside)
-        aside.rename(path)
-        sync_directory(path.parent)
+        publish_directory(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def directory_beside(path: Path) -> Path:
+    """A new directory, whose name says for which one it is filled."""
+    aside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    aside.mkdir(parents=True)
+    return aside
+
+
+def publish_directory(aside: Path, path: Path) -> None:
+    """Bring the files of a directory to the disk, and give it its name."""
+    for file in sorted(aside.iterdir()):
+        sync_file(file)
+    sync_directory(aside)
+    aside.rename(path)
+    sync_directory(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modules.errors import InputError
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -26,7 +26,8 @@ _DTYPES = {
     "I32": torch.int32,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""Types of numbers by their names in a file."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,10 @@ def open_safetensors(path: Path) -> Weights:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read as safetensors ({error}); copy or download it again") from None
     for name, (dtype, _) in found.items():
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise InputError(
-                f"{path}: tensor {name} has numbers of type {dtype}, and only {', '.join(_DTYPES)} are read; "
+                f"{path}: tensor {name} has numbers of type {dtype}, and only {', '.join(DTYPES)} are read; "
                 "give an unquantized model"
             )
     file = safe_open(path, framework="pt")
-    return Weights({name: Spec(_DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}, file.get_tensor)
+    return Weights({name: Spec(DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}, file.get_tensor)

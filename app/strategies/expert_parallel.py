@@ -1,35 +1,41 @@
 """Lightning strategy for one or many devices: data, expert and tensor parallelism on FSDP2."""
 
+import copy
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from app import checkpoint as store
+from app.checkpoint_io import DirectoryCheckpointIO
 from app.launcher import Launcher
 from app.strategies.layout import Degree, Layout, resolve_layout
 from app.strategies.parallelize import Recomputation, Wrapping
+from app.strategies.saving import PartSaver, Publish, split_checkpoint
 from app.strategies.world import MeshWorld
 from modules.config import ModelConfig
 from modules.errors import InputError, require_positive
 from modules.language_model import LanguageModel
 from modules.world import fill
 
+Checkpoints = Literal["async", "sync", "gathered"]
+
 
 class ExpertParallelStrategy(ModelParallelStrategy):
     """Shares a model out over processes, experts by number, everything else by FSDP2; grows and resumes as one does.
 
     Processes = dp_replicate x dp_shard x tp. Training is that of one process with all samples: gradients are sums over
-    processes, losses are divided by what all have together. Checkpoints are those of one process, and fit any layout.
+    processes, losses are divided by what all have together. Checkpoints fit any layout, and one process.
 
     Args:
         dp_replicate: copies of the model (HSDP).
@@ -40,8 +46,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         activation_checkpointing: none, selective (attention is computed again) or full (only inputs of blocks stay).
         compile: compile attention and dense feed-forwards; not together with tp.
         reshard_after_forward: gather parameters again in the backward pass, rather than keep them.
+        checkpoints: async: every process writes its part while training goes on; sync: ... while training waits;
+            gathered: the first process collects all, and writes it in one file.
         process_group_backend: empty: nccl on GPUs, gloo on CPUs.
-        timeout_minutes: how long processes wait for each other before they give up; the first saves while others wait.
+        timeout_minutes: how long processes wait for each other before they give up.
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         activation_checkpointing: Recomputation = "none",
         compile: bool = False,
         reshard_after_forward: bool = True,
+        checkpoints: Checkpoints = "async",
         process_group_backend: str | None = None,
         timeout_minutes: int = 60,
     ) -> None:
@@ -64,6 +73,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.timeout_minutes = timeout_minutes
         self.degrees: dict[str, Degree] = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "ep": ep, "tp": tp}
         self.wrapping = Wrapping(activation_checkpointing, compile, reshard_after_forward)
+        self.checkpoints = checkpoints
+        self.saver: PartSaver | None = None
 
     def check(self) -> None:
         """Raise `InputError` for options that contradict each other or the number of processes.
@@ -101,6 +112,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         self._setup_distributed()
         self.world.meet(self.root_device.type)
+        if self.checkpoints != "gathered":
+            self.saver = PartSaver(self.global_rank, timedelta(minutes=self.timeout_minutes))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -112,7 +125,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         loop = self._trainer_of_module.fit_loop.epoch_loop
         self._network.set_requires_gradient_sync(not loop._should_accumulate())
 
-    # -- checkpoints: whole tensors, written by one process, read by all -----------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -120,22 +133,64 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All weights, on the CPU of the first process; nothing on the others."""
+        """All weights: where they are, or gathered on the CPU of the first process."""
         assert self.lightning_module is not None
         self.world.settle(self._network)
-        return self._gathered(self.lightning_module.state_dict())
+        weights = self.lightning_module.state_dict()
+        return self._gathered(weights) if self.saver is None else weights
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state: where it is, or gathered on the CPU of the first process."""
+        saved = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        if self.saver is not None:
+            return saved
+        return {**saved, "state": {number: self._gathered(entries) for number, entries in saved["state"].items()}}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Begin to write a checkpoint; unless that is to happen in the background, wait until it is there."""
+        if self.saver is None:
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            return
+        path = Path(filepath)
+        tensors, state = split_checkpoint(checkpoint)
+        self.saver.start(path, tensors, self._publisher(path, checkpoint, state))
+        if self.checkpoints == "sync":
+            self.saver.finish()
+
+    def _publisher(self, path: Path, checkpoint: dict[str, Any], state: dict[str, Any]) -> Publish:
+        """What completes a checkpoint: all of it as it is now."""
+        if not self.is_global_zero:
+            return lambda *parts: None
+        assert isinstance(self.checkpoint_io, DirectoryCheckpointIO)
+        rest = copy.deepcopy({"state": move_data_to_device(state, "cpu"), **self.checkpoint_io.describe(checkpoint)})
+        return lambda aside, files, index: store.publish_parts(aside, path, files=files, index=index, **rest)
+
+    def check_saving(self) -> None:
+        """Raise the error of a save in the background, as soon as it is known."""
+        if self.saver is not None:
+            self.saver.check()
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is complete; raises where it could not be."""
+        if self.saver is not None:
+            self.saver.finish()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint was begun that is not complete."""
+        return self.saver is not None and self.saver.is_busy
+
+    def teardown(self) -> None:
+        """Leave when nothing is being written, also behind an error elsewhere."""
+        if self.saver is not None:
+            self.saver.close()
+        super().teardown()
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Take this process's part of all weights."""
         weights = {name.removeprefix("network."): tensor for name, tensor in checkpoint["state_dict"].items()}
         fill(self.world, self._network, weights.items())
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state, on the first process."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        saved = optimizer.state_dict()
-        state = {number: self._gathered(entries) for number, entries in saved["state"].items()}
-        return {**saved, "state": state}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's part of the optimizer's state."""
@@ -146,13 +201,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             }
             optimizer.load_state_dict({**saved, "state": state})
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write what the first process has gathered."""
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; its tensors are mapped, and each process copies the part that it holds.
+        """Read a checkpoint; of its tensors each process reads the part that it holds.
 
         Raises:
             InputError: processes have chosen different ones, as where a directory is not seen alike by all machines.
@@ -166,7 +216,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 f"processes would continue from different checkpoints: rank 0 from {chosen[0][0]}, rank {other} from "
                 f"{chosen[other][0]}; name one with --ckpt_path that all of them see"
             )
-        return store.load_state(path, mmap=True)
+        return store.load_state(path, lazy=True)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -193,7 +243,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def _shared_out(self, entries: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
         return {
             name: self.world.part(value, parameter)
-            if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step"
+            if getattr(value, "shape", None) == parameter.shape and name != "step"
             else value
             for name, value in entries.items()
         }

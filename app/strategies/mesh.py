@@ -91,9 +91,10 @@ def region(tensor: Tensor) -> Region:
 
 def part(whole: Tensor, like: Tensor) -> Tensor:
     """A tensor shared out as `like` is, from all of it, without communication."""
+    local = whole[region(like)]
     if not isinstance(like, DTensor):
-        return whole.to(like).contiguous()
-    local = whole[region(like)].to(like.to_local()).contiguous()
+        return local.to(like).contiguous()
+    local = local.to(like.to_local()).contiguous()
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -146,9 +146,9 @@ def test_checkpoints_of_the_first_format_are_read(
     torch.save(load_state(source), old / STATE)
     (old / WEIGHTS).unlink()
     manifest = json.loads((old / "manifest.json").read_text())
-    from app.checkpoint import _fingerprint
+    from app.checkpoint import fingerprint
 
-    manifest["files"] = {name: _fingerprint(old / name) for name in manifest["files"] if name != WEIGHTS}
+    manifest["files"] = {name: fingerprint(old / name) for name in manifest["files"] if name != WEIGHTS}
     manifest["format_version"] = 1
     (old / "manifest.json").write_text(json.dumps(manifest))
     new = load_state(source)["state_dict"]
