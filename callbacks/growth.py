@@ -196,7 +196,8 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
     _exchange_optimizer(trainer, grown)
     after = _Probe(pl_module, held)
     drift = before.drift(after)
-    check_drift(grown.transition, drift, before.largest, grown.network.embedding.weight.dtype)
+    dtype = world.product_dtype(grown.network.embedding.weight.dtype)
+    check_drift(grown.transition, drift, before.largest, dtype)
     losses = {"loss_before": before.loss, "loss_after": after.loss}
     return describe_transition(old.config, grown.transition, stage, drift) | losses
 

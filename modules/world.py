@@ -59,6 +59,10 @@ class World(Protocol):
         """A tensor that is shared out like the parameter `like`, from all of it."""
         ...
 
+    def product_dtype(self, weights: torch.dtype) -> torch.dtype:
+        """The type in which blocks compute where no autocast is on, of weights in a type."""
+        ...
+
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of all gradients, each entry counted once; all ranks together."""
         ...
@@ -100,6 +104,10 @@ class OneProcess:
     def part(self, whole: Tensor, like: Tensor) -> Tensor:
         """All of it, with the type and on the device of `like`."""
         return whole.contiguous() if like.is_meta else whole.to(like).contiguous()
+
+    def product_dtype(self, weights: torch.dtype) -> torch.dtype:
+        """That of the weights."""
+        return weights
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Their global norm."""

@@ -148,7 +148,7 @@ class ScaleEstimate:
         if cast_bytes(work) > NOTABLE * limit:
             lines.append(
                 f"autocast: casts of weights stay until backward, {in_units(cast_bytes(work))}; "
-                "activation_checkpointing=full drops them"
+                "strategy gathers=bfloat16 needs none, activation_checkpointing=full drops them"
             )
         largest = max((h.numel for _, h in self.first.each() if h.is_muon), default=0) * work.parameter_bytes
         if work.is_muon and largest > NOTABLE * limit / 2:
@@ -181,7 +181,7 @@ def estimate(work: Workload, hardware: Hardware) -> ScaleEstimate:
     ranks = []
     for rank in (0, world_size - 1):
         with fake_world(rank, world_size):
-            ranks.append(shards_of(work.config, work.layout, rank, work.is_muon))
+            ranks.append(shards_of(work.config, work.layout, rank, work.is_muon, work.wrapping))
     return ScaleEstimate(work, hardware, *ranks)
 
 

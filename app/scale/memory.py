@@ -7,6 +7,7 @@ Letters: T tokens of a micro-batch, D model, H·C channels of queries, G·C of k
 R rows of experts, E experts.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from app.scale.shards import Shards, Unit
@@ -72,7 +73,8 @@ def kept_bytes(work: Workload) -> int:
         attention: D w of its norm + D c of the input + (2 H·C + 2 G·C) c / tp
         feed-forward: D w + D c + 4 F c / tp
         routed: 2 D w, the router's input too, + 2 E of float32 + R/T (2 D + 4 F / tp) c, and shared experts as above
-        and, under autocast, all of its weights in c: their casts are kept like any other input of a product.
+        and, under autocast, all of its weights in c: their casts are kept like any other input of a product. Weights
+        that are gathered in bfloat16 need no cast; they are dropped and gathered again.
     Recomputation `full` keeps D w of each block instead; `selective` keeps 2 D w of attention.
     Behind the blocks: D w of the norm, and the gradients that the loss forms in forward: T D c and V D of float32 / tp.
     """
@@ -95,7 +97,7 @@ def _words(work: Workload) -> int:
 def cast_bytes(work: Workload) -> int:
     """Of `kept_bytes`, the casts of weights."""
     config = work.config
-    if work.wrapping.activation_checkpointing == "full" or work.compute_bytes == work.parameter_bytes:
+    if work.wrapping.activation_checkpointing == "full" or not _are_weights_cast(work):
         return 0
     num_routed = len(config.routed_layers)
     numel = (config.num_layers - num_routed) * _weights(work, False)
@@ -118,7 +120,12 @@ def _block(work: Workload, is_routed: bool) -> int:
         per_token += bool(config.shared_size) * config.dim * narrow + 4 * config.shared_size * narrow // tp
     else:
         per_token += config.dim * (wide + narrow) + 4 * config.ffn_size * narrow // tp
-    return work.tokens * per_token + (_weights(work, is_routed) * narrow if narrow != wide else 0)
+    return work.tokens * per_token + (_weights(work, is_routed) * narrow if _are_weights_cast(work) else 0)
+
+
+def _are_weights_cast(work: Workload) -> bool:
+    """Autocast rounds weights that were gathered as they are."""
+    return work.compute_bytes != work.parameter_bytes and work.wrapping.gathers == "float32"
 
 
 def _weights(work: Workload, is_routed: bool) -> int:
@@ -145,10 +152,14 @@ def _gathered_bytes(work: Workload, shards: Shards) -> int:
 
     Where weights are kept after forward, those of all blocks.
     """
-    sizes = {unit.kind: _gathered(unit) for unit in shards.units}
-    block = max(sizes.get("dense", 0), sizes.get("routed", 0) + sizes.get("experts", 0))
+    weights: Counter[str] = Counter()
+    gradients: Counter[str] = Counter()
+    kept = 0
+    for unit in shards.units:
+        weights[unit.place] += _gathered(unit) * work.gathered_bytes(unit.is_rounded)
+        gradients[unit.place] += _gathered(unit) * work.parameter_bytes
+        kept += (unit.place != "root") * unit.count * _gathered(unit) * work.gathered_bytes(unit.is_rounded)
+    root = weights.pop("root") + gradients.pop("root")
     if work.wrapping.reshard_after_forward:
-        blocks = 3 * block
-    else:
-        blocks = block + sum(unit.count * _gathered(unit) for unit in shards.units if unit.kind != "root")
-    return (2 * sizes["root"] + blocks) * work.parameter_bytes
+        kept = 2 * max(weights.values())
+    return root + kept + max(gradients.values())

@@ -21,7 +21,9 @@ from app.strategies.mesh import copies
 from app.strategies.parallelize import Wrapping
 from app.strategies.world import MeshWorld
 from modules.config import ModelConfig
+from modules.layers.attention import Attention
 from modules.layers.experts import Experts
+from modules.layers.feedforward import FeedForward
 from modules.layers.transformer import Block, Transformer
 from modules.muon import is_hidden_matrix
 
@@ -59,12 +61,16 @@ class Unit:
     """Parameters that FSDP gathers together.
 
     Attributes:
-        kind: "root", "dense", "routed", or "experts" where they are gathered apart from their block.
+        place: "root", or the kind of block that they are in: "dense" or "routed".
+        is_experts: experts, gathered apart from their block.
+        is_rounded: gathered in bfloat16.
         count: how many such units the model has.
         sharers: ranks that share its parameters out.
     """
 
-    kind: str
+    place: str
+    is_experts: bool
+    is_rounded: bool
     count: int
     sharers: int
     parameters: tuple[Held, ...]
@@ -119,34 +125,40 @@ def fake_world(rank: int, world_size: int) -> Iterator[None]:
         log.setLevel(level)
 
 
-def shards_of(config: ModelConfig, layout: Layout, rank: int, is_muon: bool = False) -> Shards:
+def shards_of(
+    config: ModelConfig, layout: Layout, rank: int, is_muon: bool = False, wrapping: Wrapping = Wrapping()
+) -> Shards:
     """What a rank of `layout` holds of a model; inside `fake_world`.
 
     Args:
         is_muon: bring each hidden matrix together, as Muon will, and count what that takes.
+        wrapping: of which the type of gathers says what is gathered apart.
     """
 
     def layout_of(_: ModelConfig | None) -> Layout:
         return layout
 
     layout.check(config)
-    world = MeshWorld(layout_of, rank, Wrapping())
+    world = MeshWorld(layout_of, rank, Wrapping(gathers=wrapping.gathers))
     world.meet("cpu")
     small = _one_block_of_each_kind(config)
     with torch.device("meta"):
         network = Transformer(small)
     world.place(network, torch.device("meta"))
     num_routed = len(config.routed_layers)
-    counts = {"root": 1, "dense": config.num_layers - num_routed, "routed": num_routed, "experts": num_routed}
+    counts = {"root": 1, "dense": config.num_layers - num_routed, "routed": num_routed}
     names = {parameter: name for name, parameter in network.named_parameters()}
+    places = _places(network, small)
     units, seen = [], set()
     for module in reversed(list(network.modules())):  # inner modules first: theirs are not their parents'
         if isinstance(module, FSDPModule):
             own = [p for p in module.parameters() if p not in seen]
             seen.update(own)
-            kind = _kind(module, small)
+            place, is_experts = places.get(module, "root"), isinstance(module, Experts)
+            is_rounded = wrapping.gathers == "bfloat16" and isinstance(module, (Attention, FeedForward, Experts))
             held = tuple(_held(names[parameter], parameter, layout, is_muon) for parameter in own)
-            units.append(Unit(kind, counts[kind], layout.efsdp if kind == "experts" else layout.dp_shard, held))
+            sharers = layout.efsdp if is_experts else layout.dp_shard
+            units.append(Unit(place, is_experts, is_rounded, counts[place], sharers, held))
     return Shards(rank, tuple(reversed(units)))
 
 
@@ -158,12 +170,14 @@ def _one_block_of_each_kind(config: ModelConfig) -> ModelConfig:
     return replace(config, num_layers=1 + has_dense, moe=replace(config.moe, layers=(has_dense,)))
 
 
-def _kind(module: torch.nn.Module, config: ModelConfig) -> str:
-    if isinstance(module, Experts):
-        return "experts"
-    if isinstance(module, Block):
-        return "routed" if module.layer in config.routed_layers else "dense"
-    return "root"
+def _places(network: Transformer, config: ModelConfig) -> dict[torch.nn.Module, str]:
+    """The kind of block that a module is in."""
+    found: dict[torch.nn.Module, str] = {}
+    for block in network.blocks:
+        assert isinstance(block, Block)
+        kind = "routed" if block.layer in config.routed_layers else "dense"
+        found |= dict.fromkeys(block.modules(), kind)
+    return found
 
 
 def _held(name: str, parameter: torch.nn.Parameter, layout: Layout, is_muon: bool) -> Held:

@@ -63,14 +63,14 @@ def _fsdp(work: Workload, shards: Shards) -> list[Collective]:
     """Weights come for forward, and again for backward where they were dropped; gradients go once a step."""
     layout, found = work.layout, []
     for unit in shards.units:
-        stride = layout.tp * (layout.ep if unit.kind == "experts" else 1)
+        stride = layout.tp * (layout.ep if unit.is_experts else 1)
         part = unit.count * unit.numel * work.parameter_bytes
-        whole = unit.sharers * part
-        is_dropped = unit.kind != "root" and work.wrapping.reshard_after_forward
+        is_dropped = unit.place != "root" and work.wrapping.reshard_after_forward
         uses = work.accumulate * (2 if is_dropped else 1)
         if unit.sharers > 1:
-            gather = Collective("all_gather", "weights", uses * whole, uses * unit.count, unit.sharers, stride)
-            scatter = Collective("reduce_scatter", "gradients", whole, unit.count, unit.sharers, stride)
+            gathered = uses * unit.count * unit.sharers * unit.numel * work.gathered_bytes(unit.is_rounded)
+            gather = Collective("all_gather", "weights", gathered, uses * unit.count, unit.sharers, stride)
+            scatter = Collective("reduce_scatter", "gradients", unit.sharers * part, unit.count, unit.sharers, stride)
             found += [gather, scatter]
         if layout.dp_replicate > 1:
             apart = layout.dp_shard * layout.tp

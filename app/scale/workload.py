@@ -32,7 +32,7 @@ class Workload:
     Attributes:
         batch_size: sequences of a micro-batch, on each rank with samples of its own.
         accumulate: micro-batches of a step.
-        parameter_bytes: of one number of weights, gradients and optimizer state; collectives of FSDP carry it.
+        parameter_bytes: of one number of weights, gradients and optimizer state.
         compute_bytes: of one number in products: 2 under autocast.
         knows_sizes: rows of experts with a capacity are exchanged without telling their number first, as on GPUs.
     """
@@ -63,6 +63,10 @@ class Workload:
     def expert_rows(self) -> int:
         """Rows that a rank's tokens become in a routed layer (R)."""
         return round(self.tokens * expert_rows_per_token(self.config, self.seq_len))
+
+    def gathered_bytes(self, is_rounded: bool) -> int:
+        """Of one number of weights when they are gathered."""
+        return self.compute_bytes if is_rounded else self.parameter_bytes
 
     @property
     def wide_bytes(self) -> int:

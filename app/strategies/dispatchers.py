@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from app.strategies.vocabulary import sum_gradients, sum_parts
@@ -36,6 +36,8 @@ class Exchange:
 class AllToAllDispatcher:
     """Each process sends every row to the process that holds its expert; two exchanges forward, two backward.
 
+    Rows are on their way back while shared experts compute, and so are their gradients.
+
     Dropless rows go in parts of any size, which the host has to know: it waits for the device once. Where every expert
     has equally many slots on every process, sizes are known, and nothing waits.
 
@@ -57,15 +59,21 @@ class AllToAllDispatcher:
         """Rows [X, D] of this process's experts, sorted by expert, and their counts [M]."""
         rows_RD, counts_E, _ = self._local.dispatch(hidden_TD, plan)
         counts_PM, exchange = self._exchange_counts(counts_E, plan)
-        received_XD = self._send(rows_RD, exchange.received_P, exchange.sent_P)
+        received_XD = all_to_all_single_autograd(rows_RD.contiguous(), exchange.received_P, exchange.sent_P, self.group)
         return _Reorder.apply(received_XD, exchange.order_X), counts_PM.sum(dim=0), exchange
 
-    def combine(self, rows_XD: Tensor, exchange: Exchange) -> Tensor:
-        """Send rows back, and add up those of each token [T, D], multiplied by their gates."""
+    def send_back(self, rows_XD: Tensor, exchange: Exchange) -> tuple[Tensor, Tensor]:
+        """Rows in the order in which they came, and those [R, D] that are on their way from other processes."""
         inverse_X = torch.empty_like(exchange.order_X)
         inverse_X[exchange.order_X] = torch.arange(len(inverse_X), device=inverse_X.device)
-        rows_RD = self._send(_Reorder.apply(rows_XD, inverse_X), exchange.sent_P, exchange.received_P)
-        return self._local.combine(rows_RD, exchange.plan)
+        sent_XD = _Reorder.apply(rows_XD, inverse_X)
+        arriving_RD = all_to_all_single(sent_XD.detach().contiguous(), exchange.sent_P, exchange.received_P, self.group)
+        return sent_XD, arriving_RD
+
+    def combine(self, returning: tuple[Tensor, Tensor], exchange: Exchange) -> Tensor:
+        """Wait for the rows, and add up those of each token [T, D], multiplied by their gates."""
+        sent_XD, arriving_RD = returning
+        return self._local.combine(_Arrive.apply(sent_XD, arriving_RD, exchange, self.group), exchange.plan)
 
     def _exchange_counts(self, counts_E: Tensor, plan: Dispatch) -> tuple[Tensor, Exchange]:
         """Rows of each of this process's experts from each process [P, M], and what follows from them."""
@@ -81,9 +89,6 @@ class AllToAllDispatcher:
         experts_N = torch.arange(per_process, device=counts_E.device).repeat(self.num_processes)
         expert_X = experts_N.repeat_interleave(counts_PM.flatten(), output_size=sum(received))
         return counts_PM, Exchange(plan, sent, received, expert_X.argsort(stable=True))
-
-    def _send(self, rows: Tensor, output_P: list[int], input_P: list[int]) -> Tensor:
-        return all_to_all_single_autograd(rows.contiguous(), output_P, input_P, self.group)
 
 
 class ChannelDispatcher:
@@ -101,9 +106,27 @@ class ChannelDispatcher:
         plan = replace(plan, gates_R=sum_gradients(plan.gates_R, self.tp))
         return self.inner.dispatch(sum_gradients(hidden_TD, self.tp), plan)
 
-    def combine(self, rows_RD: Tensor, context: Any) -> Tensor:
+    def send_back(self, rows_RD: Tensor, context: Any) -> Any:
+        """What the dispatcher inside sends."""
+        return self.inner.send_back(rows_RD, context)
+
+    def combine(self, returning: Any, context: Any) -> Tensor:
         """Outputs of all channels [T, D]."""
-        return sum_parts(self.inner.combine(rows_RD, context), self.tp)
+        return sum_parts(self.inner.combine(returning, context), self.tp)
+
+
+class _Arrive(torch.autograd.Function):
+    """The end of an exchange that was begun before. Its backward begins one, for which the gradient's user waits."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, arriving: Tensor, exchange: Exchange, group: dist.ProcessGroup) -> Tensor:
+        ctx.exchange, ctx.group = exchange, group
+        return wait_tensor(arriving)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        sizes = ctx.exchange.received_P, ctx.exchange.sent_P
+        return all_to_all_single(grads[0].contiguous(), *sizes, ctx.group), None, None, None
 
 
 class _Reorder(torch.autograd.Function):

@@ -20,7 +20,7 @@ from app import checkpoint as store
 from app.checkpoint_io import DirectoryCheckpointIO
 from app.launcher import Launcher
 from app.strategies.layout import Degree, Layout, resolve_layout
-from app.strategies.parallelize import Recomputation, Wrapping
+from app.strategies.parallelize import Gathers, Recomputation, Wrapping
 from app.strategies.saving import PartSaver, Publish, split_checkpoint
 from app.strategies.world import MeshWorld
 from modules.config import ModelConfig
@@ -46,6 +46,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         activation_checkpointing: none, selective (attention is computed again) or full (only inputs of blocks stay).
         compile: compile attention and dense feed-forwards; not together with tp.
         reshard_after_forward: gather parameters again in the backward pass, rather than keep them.
+        gathers: bfloat16: weights of attention, feed-forwards and experts are gathered in it: half of the bytes, and no
+            casts are kept for the backward pass. For trainer.precision bf16-mixed, whose results it does not change.
         checkpoints: async: every process writes its part while training goes on; sync: ... while training waits;
             gathered: the first process collects all, and writes it in one file.
         process_group_backend: empty: nccl on GPUs, gloo on CPUs.
@@ -61,6 +63,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         activation_checkpointing: Recomputation = "none",
         compile: bool = False,
         reshard_after_forward: bool = True,
+        gathers: Gathers = "float32",
         checkpoints: Checkpoints = "async",
         process_group_backend: str | None = None,
         timeout_minutes: int = 60,
@@ -72,7 +75,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         )
         self.timeout_minutes = timeout_minutes
         self.degrees: dict[str, Degree] = {"dp_replicate": dp_replicate, "dp_shard": dp_shard, "ep": ep, "tp": tp}
-        self.wrapping = Wrapping(activation_checkpointing, compile, reshard_after_forward)
+        self.wrapping = Wrapping(activation_checkpointing, compile, reshard_after_forward, gathers)
         self.checkpoints = checkpoints
         self.saver: PartSaver | None = None
 
@@ -86,6 +89,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self.wrapping.compile and layout.tp > 1:
             raise InputError(
                 f"strategy compile=true with tp={layout.tp} trains to wrong weights; choose tp=1, or compile=false"
+            )
+        precision = self.precision_plugin.precision
+        if self.wrapping.gathers == "bfloat16" and precision != "bf16-mixed":
+            raise InputError(
+                f"strategy gathers=bfloat16 is for products in bfloat16, and trainer.precision={precision} has others; "
+                "set trainer.precision=bf16-mixed, or leave gathers out"
             )
 
     def layout_of(self, config: ModelConfig | None = None) -> Layout:

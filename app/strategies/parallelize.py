@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint
 
 from app.strategies.dispatchers import AllToAllDispatcher, ChannelDispatcher
+from app.strategies.layout import Layout
 from app.strategies.mesh import Meshes
 from app.strategies.vocabulary import VocabularyParallelOutput, sum_gradients
 from modules.layers.dispatch import Dispatcher
@@ -32,6 +34,10 @@ from modules.layers.norm import RMSNorm, rms_norm
 from modules.layers.transformer import Block, Transformer
 
 Recomputation = Literal["none", "selective", "full"]
+Gathers = Literal["float32", "bfloat16"]
+
+BFLOAT16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+"""Weights are rounded before they are gathered; their gradients are added up in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,14 @@ class Wrapping:
             rest again in the backward pass; selective computes attention again, and exchanges no rows twice.
         compile: compile attention and dense feed-forwards, each block's; experts run as they are.
         reshard_after_forward: gather a block's parameters again in the backward pass, rather than keep them.
+        gathers: the type in which weights of attention, feed-forwards and experts are gathered. bfloat16 is for
+            training under autocast, which rounds them to it anyway; these modules then compute in it everywhere.
     """
 
     activation_checkpointing: Recomputation = "none"
     compile: bool = False
     reshard_after_forward: bool = True
+    gathers: Gathers = "float32"
 
 
 def parallelize(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
@@ -58,6 +67,8 @@ def parallelize(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> Non
     for layer in network.routed_layers():
         _split_experts(layer, meshes)
     for block in _blocks(network):
+        if wrapping.gathers == "bfloat16":
+            _compute_in_bfloat16(block)
         _recompute(block, wrapping.activation_checkpointing)
         if wrapping.compile:
             _compile(block)
@@ -158,27 +169,55 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     object.__setattr__(module, "forward", forward)
 
 
+def _compute_in_bfloat16(block: Block) -> None:
+    """Also outside of the trainer's autocast, where a model is probed or evaluated."""
+    for module in (block.attention, block.feed_forward):
+        _replace_forward(module, partial(_under_autocast, module.forward))
+
+
+def _under_autocast(forward: Callable[..., Any], hidden: Tensor, *others: Any, **named: Any) -> Any:
+    with torch.autocast(hidden.device.type, torch.bfloat16):
+        return forward(hidden, *others, **named)
+
+
 def _shard(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
-    """FSDP2 over blocks, over experts apart where their processes differ, and over the rest; gradients are summed.
+    """FSDP2 over blocks, over some of their modules apart, and over the rest; gradients are summed.
 
     Losses are divided by what all processes have together, so that sums over processes are the gradients: also where
     one has fewer tokens, and for experts, whose gradients come from other processes by the exchange of rows.
     """
-    again = wrapping.reshard_after_forward
+    share = partial(fully_shard, reshard_after_forward=wrapping.reshard_after_forward)
     for block in _blocks(network):
-        if meshes.layout.ep > 1 and isinstance(block.feed_forward, RoutedExperts):
-            experts = block.feed_forward.experts
-            placement = partial(_placement, meshes.layout.efsdp)
-            mesh = meshes.expert_fsdp
-            fully_shard(experts, mesh=mesh, reshard_after_forward=again, shard_placement_fn=placement)
-        placement = partial(_placement, meshes.layout.dp_shard)
-        fully_shard(block, mesh=meshes.fsdp, reshard_after_forward=again, shard_placement_fn=placement)
+        for module, policy in _apart(block, meshes.layout, wrapping.gathers):
+            is_elsewhere = isinstance(module, Experts) and meshes.layout.ep > 1
+            mesh, sharers = meshes.fsdp, meshes.layout.dp_shard
+            if is_elsewhere:
+                mesh, sharers = meshes.expert_fsdp, meshes.layout.efsdp
+            share(module, mesh=mesh, mp_policy=policy, shard_placement_fn=partial(_placement, sharers))
     fully_shard(network, mesh=meshes.fsdp, reshard_after_forward=False)  # the loss needs the output's weight behind it
     register_fsdp_forward_method(network, "logits")
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _apart(block: Block, layout: Layout, gathers: Gathers) -> list[tuple[nn.Module, MixedPrecisionPolicy]]:
+    """Modules of a block whose parameters are gathered apart from the rest, inner ones first, and the block at last:
+    experts where they have processes of their own; in bfloat16 all but the gains and what decides about routes."""
+    feed_forward, attention = block.feed_forward, block.attention
+    routed = feed_forward if isinstance(feed_forward, RoutedExperts) else None
+    exact = MixedPrecisionPolicy()
+    if gathers == "float32":
+        own = [routed.experts] if routed is not None and layout.ep > 1 else []
+        return [(module, exact) for module in (*own, block)]
+    gains = [norm for norm in (attention.q_norm, attention.k_norm) if isinstance(norm, RMSNorm)]
+    products: list[nn.Module] = [attention]
+    if routed is None:
+        products.append(feed_forward)
+    else:
+        products += [routed.experts, *([] if routed.shared is None else [routed.shared])]
+    return [*((norm, exact) for norm in gains), *((module, BFLOAT16) for module in products), (block, exact)]
 
 
 def _placement(sharers: int, weight: nn.Parameter) -> Shard | None:

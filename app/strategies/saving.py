@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
 from app import checkpoint as store
@@ -34,9 +33,10 @@ class Part:
 class PartSaver:
     """Writes checkpoints in parts by torch's distributed checkpointing (DCP), one at a time and in the background.
 
-    Values are copied to the CPU at once. A thread on every process writes them, in files of its own; when all are done,
-    the first process adds what is left and renames the directory. Processes agree on the outcome by a group of their
-    own, so that training may communicate meanwhile.
+    Values are copied to the CPU at once (not by `dcp.async_save`, whose stagers copy storages: some DTensors lack them
+    in torch 2.13). A thread on every process writes them, in files of its own; when all are done, the first process
+    adds what is left and renames the directory. Processes agree on the outcome by a group of their own, so that
+    training may communicate meanwhile.
 
     Args:
         rank: the number of this process.
@@ -62,12 +62,8 @@ class PartSaver:
         """
         self.finish()
         aside = self._agree(path, lambda: directory_beside(path) if self._rank == 0 else None)[0]
-        is_moment = {name: name.startswith(MOMENTS) for name in tensors}
-        writer = HuggingFaceStorageWriter(
-            str(aside), {name: 1 + moment for name, moment in is_moment.items()}, save_distributed=True
-        )
-        written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, async_stager=_Copies())
-        self._pending = self._executor.submit(self._complete, path, aside, written, publish)
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._pending = self._executor.submit(self._complete, path, aside, copies, publish)
 
     @property
     def is_busy(self) -> bool:
@@ -94,11 +90,13 @@ class PartSaver:
         """Wait until nothing is being written, whatever became of it."""
         self._executor.shutdown()
 
-    def _complete(self, path: Path, aside: Path, written: Any, publish: Publish) -> None:
-        """In the background: wait for this process's part, and publish the whole when all are there."""
+    def _complete(self, path: Path, aside: Path, tensors: dict[str, Tensor], publish: Publish) -> None:
+        """In the background: write this process's part, and publish the whole when all are there."""
 
         def own_part() -> Part:
-            written.result()
+            file_of = {name: 2 if name.startswith(MOMENTS) else 1 for name in tensors}
+            writer = HuggingFaceStorageWriter(str(aside), file_of, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group)
             files = sorted(aside.glob(f"shard-{self._rank + 1:05d}-*.safetensors"))
             return Part({file.name: store.fingerprint(file) for file in files}, index_of(files))
 
@@ -125,7 +123,8 @@ class PartSaver:
         try:
             result = work()
         except BaseException as error:  # DCP's exceptions are of that kind
-            reason = f"{type(error).__name__}: {error}"
+            causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+            reason = " / ".join(f"{type(cause).__name__}: {cause}" for cause in causes or [error])
         is_first = self._rank == 0
         outcomes: list[Any] = [None] * dist.get_world_size(self._group) if is_first else [(result, reason)]
         dist.gather_object((result, reason), outcomes if is_first else None, group=self._group)
@@ -156,12 +155,3 @@ def _without_moments(optimizer_state: Mapping[str, Any], tensors: dict[str, Tens
             tensors |= {f"{MOMENTS}{name}.{entry}": value for entry, value in shared.items()}
             kept[number] = {entry: value for entry, value in entries.items() if entry not in shared}
     return {**optimizer_state, "state": kept}
-
-
-class _Copies(AsyncStager):
-    """Values as they are now, on the CPU. Torch's own stagers copy storages, which some DTensors lack (torch 2.13)."""
-
-    _synchronize_after_execute = False
-
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state_dict.items()}

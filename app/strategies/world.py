@@ -85,6 +85,10 @@ class MeshWorld:
         """A tensor shared out like a parameter, from all of it."""
         return part(whole, like)
 
+    def product_dtype(self, weights: torch.dtype) -> torch.dtype:
+        """That in which weights are gathered."""
+        return torch.bfloat16 if self.wrapping.gathers == "bfloat16" else weights
+
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of all gradients: squares of what each process holds, divided by how many hold the same."""
         norms = torch.stack([torch.linalg.vector_norm(self.local(gradient)) for gradient in gradients])

@@ -149,7 +149,7 @@ def check_drift(transition: Transition, drift: float, largest: float, dtype: tor
     Args:
         drift: the largest change of a logit.
         largest: the largest logit before.
-        dtype: of the grown weights.
+        dtype: in which blocks compute.
     """
     limit = DRIFT_TOLERANCE[dtype] * max(1.0, largest)
     if transition.is_exact and not drift <= limit:

@@ -91,7 +91,11 @@ class Dispatcher(Protocol):
         """Rows for the experts at hand, sorted by expert; how many each of them has; and what `combine` needs."""
         ...
 
-    def combine(self, rows_RD: Tensor, context: Any) -> Tensor:
+    def send_back(self, rows_RD: Tensor, context: Any) -> Any:
+        """Begin to bring the experts' outputs back to their tokens; what `combine` takes. It may go on meanwhile."""
+        ...
+
+    def combine(self, returning: Any, context: Any) -> Tensor:
         """Add the outputs for each token up [T, D], multiplied by their gates."""
         ...
 
@@ -103,9 +107,13 @@ class LocalDispatcher:
         """Copy tokens into rows [R, D], sorted by expert."""
         return _Gather.apply(hidden_TD, plan), plan.counts_E, plan
 
-    def combine(self, rows_RD: Tensor, plan: Dispatch) -> Tensor:
+    def send_back(self, rows_RD: Tensor, plan: Dispatch) -> Tensor:
+        """They are here."""
+        return rows_RD
+
+    def combine(self, returning: Tensor, plan: Dispatch) -> Tensor:
         """Add the rows of each token up [T, D], multiplied by their gates."""
-        return _Combine.apply(rows_RD, plan.gates_R.to(rows_RD.dtype), plan)
+        return _Combine.apply(returning, plan.gates_R.to(returning.dtype), plan)
 
 
 class _Gather(torch.autograd.Function):

@@ -57,9 +57,11 @@ class RoutedExperts(nn.Module):
         plan, stats = self.router.route(hidden_BLD, decoding, multiple)
         hidden_TD = to_compute(hidden_BLD.flatten(0, 1))
         rows_RD, counts_E, context = self.dispatcher.dispatch(hidden_TD, plan)
-        mixed_TD = self.dispatcher.combine(self.experts(rows_RD, counts_E), context)
-        if self.shared is not None:
-            mixed_TD = mixed_TD + self._shared_output(hidden_TD)
+        returning = self.dispatcher.send_back(self.experts(rows_RD, counts_E), context)
+        shared_TD = None if self.shared is None else self._shared_output(hidden_TD)  # while rows are on their way
+        mixed_TD = self.dispatcher.combine(returning, context)
+        if shared_TD is not None:
+            mixed_TD = mixed_TD + shared_TD
         return mixed_TD.view_as(hidden_BLD), stats
 
     def _shared_output(self, hidden_TD: Tensor) -> Tensor:

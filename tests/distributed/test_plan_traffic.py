@@ -37,6 +37,7 @@ GSHARD = replace(MOE, router=RouterConfig(kind="gshard"), capacity=CapacityConfi
 SHARED = replace(MOE, num_experts=8, expert_dim=16, num_shared_experts=1, balance_level="sequence")
 BIASED = replace(MOE, router=RouterConfig(score="sigmoid", bias_update_rate=0.1), balance_loss_weight=0.0)
 AGAIN, KEPT = Wrapping("full"), Wrapping("selective", reshard_after_forward=False)
+ROUNDED = Wrapping("selective", gathers="bfloat16")
 CASES = {
     "dense": Case(ModelConfig(**SHAPE, qk_norm=True, tie_embeddings=True)),
     "dense, again": Case(ModelConfig(**SHAPE, norm_structure="hybridnorm"), accumulate=2, wrapping=AGAIN),
@@ -47,10 +48,11 @@ CASES = {
     "shared, muon": Case(ModelConfig(**SHAPE, moe=SHARED), optimizer=OptimizerConfig("muon"), wrapping=AGAIN),
     "global": Case(ModelConfig(**SHAPE, qk_norm=True, moe=replace(MOE, balance_level="global")), wrapping=KEPT),
     "biased": Case(ModelConfig(**SHAPE, moe=BIASED), accumulate=2),
+    "rounded": Case(ModelConfig(**SHAPE, qk_norm=True, moe=SHARED), accumulate=2, wrapping=ROUNDED),
 }
-FOR_FOUR = ("dense", "dropless", "capacity, again", "shared", "shared, muon")
+FOR_FOUR = ("dense", "dropless", "capacity, again", "shared", "shared, muon", "rounded")
 """Cases that four processes go through, too."""
-LOW_PRECISION = ("dense, again", "capacity, again", "shared, muon")
+LOW_PRECISION = ("dense, again", "capacity, again", "shared, muon", "rounded")
 """Cases under autocast to bfloat16; the others are in float32."""
 
 
@@ -115,7 +117,7 @@ def planned(name: str, layout: Layout) -> list[Collective]:
         knows_sizes=False,
     )
     with fake_world(0, layout.world_size):
-        return step_traffic(work, shards_of(case.config, layout, 0, work.is_muon))
+        return step_traffic(work, shards_of(case.config, layout, 0, work.is_muon, case.wrapping))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A few optimizer steps of one model, by one process or by several in some layout, on the same samples."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -32,6 +33,8 @@ class Case:
     optimizer: OptimizerConfig = OptimizerConfig(lr=0.01)
     wrapping: Wrapping = Wrapping()
     dtype: torch.dtype = torch.float64
+    is_mixed: bool = False
+    """products in bfloat16, by autocast"""
 
 
 @dataclass
@@ -93,8 +96,8 @@ def rows_of(world: World, rows: int) -> slice:
     return slice(begin, begin + shares[world.data_rank])
 
 
-def train(world: World, case: Case) -> Trained:
-    """Train; the result is the same on every process."""
+def train(world: World, case: Case, at_end: Callable[[Any, Any], None] = lambda network, optimizer: None) -> Trained:
+    """Train; the result is the same on every process. Before it is gathered, `at_end` sees network and optimizer."""
     module = module_in(world, case)
     network: Any = module.network
     optimizer = build_optimizer(network, case.optimizer, {}, world)
@@ -106,7 +109,8 @@ def train(world: World, case: Case) -> Trained:
             tokens = _tokens(case.rows, random)
             if world is not ONE_PROCESS:
                 network.set_requires_gradient_sync(part == case.accumulate - 1)
-            output = module.training_step({"tokens": tokens[rows_of(world, case.rows)]}, part)
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.is_mixed):
+                output = module.training_step({"tokens": tokens[rows_of(world, case.rows)]}, part)
             (output["loss"] / case.accumulate).backward()
             loss = loss + output["loss"].detach() / case.accumulate
         losses.append(world.sum_over_data(loss).item())
@@ -114,6 +118,8 @@ def train(world: World, case: Case) -> Trained:
         optimizer.step()
         optimizer.zero_grad()
         module._balance.end_step(case.config.moe, network.routed_layers(), world)
+    world.settle(network)
+    at_end(network, optimizer)
     return gather(world, network, optimizer, losses, norms)
 
 
