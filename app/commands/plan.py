@@ -70,6 +70,7 @@ class PlanCLI(TrainingCLI):
             parameter_bytes,
             compute_bytes,
             stage.is_muon,
+            is_gathered=strategy.checkpoints == "gathered",
         )
         return estimate(work, self._get(self.config_init, "hardware"))
 

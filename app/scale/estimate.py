@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from math import gcd, sqrt
 
 from app.scale.hardware import Hardware
 from app.scale.memory import Memory, cast_bytes, rank_memory
@@ -77,6 +77,21 @@ class ScaleEstimate:
     def step_seconds(self) -> float:
         """Estimate: products or what runs beside them, whichever takes longer, and what is waited for."""
         return max(self.compute_seconds, self.hidden_seconds) + self.waited_seconds
+
+    @property
+    def save_seconds(self) -> float:
+        """Estimate: to write a checkpoint, by all ranks at once or by the first."""
+        writers = 1 if self.work.is_gathered else self.work.layout.world_size
+        return checkpoint_bytes(self.work) / writers / self.hardware.storage_bandwidth
+
+    @property
+    def save_interval(self) -> float:
+        """Estimate: seconds from one checkpoint to the next that lose least, sqrt(2 · save · time between failures).
+
+        By Young (Communications of the ACM 17, 1974), as if training waited while it saves.
+        """
+        between_failures = 3600 * self.hardware.device_mtbf / self.work.layout.world_size
+        return sqrt(2 * self.save_seconds * between_failures)
 
     def _seconds(self, collective: Collective) -> float:
         if collective.ranks == 1:

@@ -29,9 +29,14 @@ class Hardware:
     """of one device"""
     latency: float = 30e-6
     """seconds that a collective takes on top of its bytes: an assumption"""
+    storage_bandwidth: float = 1e9
+    """bytes per second that one rank writes of a checkpoint, all at once: an assumption"""
+    device_mtbf: float = 50e3
+    """hours that one device works between two failures: Llama 3's 419 in 54 days on 16,384 (arXiv 2407.21783)"""
 
     def __post_init__(self) -> None:
-        names = ("peak_flops", "mfu", "intra_bandwidth", "inter_bandwidth", "memory_bytes", "latency")
+        speeds = ("peak_flops", "mfu", "intra_bandwidth", "inter_bandwidth", "storage_bandwidth")
+        names = (*speeds, "memory_bytes", "latency", "device_mtbf")
         numbers = {f"hardware.{name}": float(getattr(self, name)) for name in names}
         require_positive(**numbers, **{"hardware.devices_per_node": self.devices_per_node})
 

@@ -32,6 +32,7 @@ def rows_of(each: ScaleEstimate) -> list[tuple[str, str]]:
     last = each.last.numel * work.parameter_bytes
     by_kind = each.bytes_by_kind
     share = memory.total / each.hardware.memory_bytes
+    writers = "the first rank" if work.is_gathered else "all ranks"
     return [
         ("dp_replicate, dp_shard, ep, tp", f"{layout.dp_replicate}, {layout.dp_shard}, {layout.ep}, {layout.tp}"),
         ("tokens of a step", f"{work.tokens_per_step:,}"),
@@ -47,5 +48,7 @@ def rows_of(each: ScaleEstimate) -> list[tuple[str, str]]:
         ("~ communication beside products", f"{each.hidden_seconds:.3g} s"),
         ("~ communication that is waited for", f"{each.waited_seconds:.3g} s"),
         ("~ step", f"{each.step_seconds:.3g} s"),
-        ("checkpoint, written by the first rank", in_units(checkpoint_bytes(work))),
+        (f"checkpoint, written by {writers}", in_units(checkpoint_bytes(work))),
+        ("~ time to save it; between saves", f"{each.save_seconds:.3g} s; {each.save_interval / 60:.3g} min"),
+        ("~ steps between saves", f"{max(1, round(each.save_interval / each.step_seconds)):,}"),
     ]

@@ -97,8 +97,7 @@ def _tensor_parallel(work: Workload) -> list[Collective]:
     num_calls = num_dense * calls + num_routed * (calls + 1 + 2 * bool(config.shared_size))
     if work.wrapping.activation_checkpointing == "full":  # up to the last tensor that backward needs
         again = config.norm_structure != "prenorm"
-        has_gate = config.moe is not None and config.moe.shared_gate
-        both = narrow * (1 + (again or has_gate)) if shared else narrow * again
+        both = narrow * (bool(shared) + again)  # shared experts come before the others are put together
         num_bytes += num_dense * narrow * (1 + again) + num_routed * (narrow + both)
         num_calls += num_dense * (1 + again) + num_routed * (1 + both // narrow)
     words_bytes, words_calls = _vocabulary(work) if config.vocab_size % tp == 0 else (0, 0)

@@ -35,6 +35,7 @@ class Workload:
         parameter_bytes: of one number of weights, gradients and optimizer state.
         compute_bytes: of one number in products: 2 under autocast.
         knows_sizes: rows of experts with a capacity are exchanged without telling their number first, as on GPUs.
+        is_gathered: the first rank writes checkpoints, of all ranks.
     """
 
     config: ModelConfig
@@ -48,6 +49,7 @@ class Workload:
     compute_bytes: int = 2
     is_muon: bool = False
     knows_sizes: bool = True
+    is_gathered: bool = False
 
     @property
     def tokens(self) -> int:

@@ -120,6 +120,16 @@ def test_seconds_of_a_ring_and_of_an_exchange() -> None:
     assert hardware.seconds(1500, ranks=16, stride=1, is_all_to_all=True) == pytest.approx(800 / 50)  # 8 of 15 leave
 
 
+def test_young_s_interval_between_checkpoints() -> None:
+    hardware = Hardware(storage_bandwidth=1e6, device_mtbf=2.0)
+    found = look(CONFIGS["dense"], Layout(dp_shard=4), hardware=hardware)
+    size = 3 * 4 * count_parameters(CONFIGS["dense"]).total  # weights and two moments in float32
+    assert found.save_seconds == pytest.approx(size / 4 / 1e6)
+    assert found.save_interval == pytest.approx((2 * found.save_seconds * 2 * 3600 / 4) ** 0.5)
+    gathered = look(CONFIGS["dense"], Layout(dp_shard=4), hardware=hardware, is_gathered=True)
+    assert gathered.save_seconds == pytest.approx(4 * found.save_seconds)
+
+
 def test_presets_are_read_and_h100_is_the_default() -> None:
     presets = {path.stem: yaml.safe_load(path.read_text())["hardware"] for path in ROOT.glob("configs/hardware/*.yaml")}
     assert Hardware(**presets["h100"]) == Hardware() and {"a100", "h200"} < presets.keys()
