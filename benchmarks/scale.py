@@ -40,7 +40,11 @@ SEQUENCES = 4
 GOAL = 0.2
 """Increase of the step time from dense to MoE."""
 RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "selective", "full")
-WRAPPINGS = [Wrapping(kind, reshard_after_forward=again) for kind in RECOMPUTATIONS for again in (True, False)]
+WRAPPINGS = [
+    Wrapping(kind, reshard_after_forward=again, gathers="bfloat16")
+    for kind in RECOMPUTATIONS
+    for again in (True, False)
+]
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def choose(config: ModelConfig, world_size: int, hardware: Hardware) -> Chosen:
     tried = []
     for layout in candidates(config, world_size):
         with fake_world(0, world_size):
-            shards = shards_of(config, layout, 0)
+            shards = shards_of(config, layout, 0, wrapping=WRAPPINGS[0])
         for wrapping in WRAPPINGS:
             work = Workload(config, layout, SEQUENCES * layout.tp, SEQ_LEN, wrapping)
             tried.append(ScaleEstimate(work, hardware, shards, shards))
