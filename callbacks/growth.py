@@ -198,8 +198,13 @@ def exchange_network(stage: GrowthStage, trainer: pl.Trainer, pl_module: Languag
     drift = before.drift(after)
     dtype = world.product_dtype(grown.network.embedding.weight.dtype)
     check_drift(grown.transition, drift, before.largest, dtype)
-    losses = {"loss_before": before.loss, "loss_after": after.loss}
-    return describe_transition(old.config, grown.transition, stage, drift) | losses
+    measured = {
+        "loss_before": before.loss,
+        "loss_after": after.loss,
+        "bpb_before": before.bits_per_byte(trainer.datamodule.languages),
+        "bpb_after": after.bits_per_byte(trainer.datamodule.languages),
+    }
+    return describe_transition(old.config, grown.transition, stage, drift) | measured
 
 
 class _Probe:
@@ -222,8 +227,10 @@ class _Probe:
         network.train(pl_module.training)
         self.hidden_TD = hidden_BLD.flatten(0, 1)
         targets_T = held["tokens"][:, 1:].flatten()
-        total, _ = network.cross_entropy(self.hidden_TD, targets_T, pl_module.loss_chunk_rows)
+        total, losses_T = network.cross_entropy(self.hidden_TD, targets_T, pl_module.loss_chunk_rows)
         self.loss = (total / len(targets_T)).item()
+        self._nats_B = losses_T.view(len(held["tokens"]), -1).sum(dim=1)
+        self._held = held
         self.largest = max(logits.abs().max().item() for logits in self._logits())
 
     @torch.no_grad()
@@ -232,6 +239,15 @@ class _Probe:
         pairs = zip(self._logits(), other._logits(), strict=True)
         largest = max((first - second).abs().max().item() for first, second in pairs)
         return largest if largest == largest else float("inf")
+
+    def bits_per_byte(self, languages: list[str]) -> dict[str, float]:
+        """Of the held samples of each language."""
+        found = {}
+        for number, language in enumerate(languages):
+            is_its_B = self._held["language"] == number
+            num_bytes = max(1, self._held["target_bytes"][is_its_B].sum().item())
+            found[language] = self._nats_B[is_its_B].sum().item() / math.log(2) / num_bytes
+        return found
 
     def _logits(self) -> Iterator[Tensor]:
         for rows in self.hidden_TD.split(1024):

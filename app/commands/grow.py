@@ -153,8 +153,9 @@ def grow_model(
         "step": metadata["step"],
         "tokens": metadata["tokens"],
         **describe_transition(before, transition, stage, drift),
-        "loss_before": None,  # there is no text here to measure it on
-        "loss_after": None,
+        **dict.fromkeys(
+            ("loss_before", "loss_after", "bpb_before", "bpb_after")
+        ),  # there is no text to measure them on
         "seconds": round(time.perf_counter() - started, 3),
         "stage": len(applied),
     }

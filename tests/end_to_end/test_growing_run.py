@@ -19,6 +19,13 @@ def test_transitions_are_recorded_and_exact_ones_are_exact(grown_run: Path) -> N
     assert first["exact"] and first["max_logit_drift"] < 1e-4
     assert not second["exact"] and second["max_logit_drift"] > 1e-3
     assert first["loss_before"] == pytest.approx(first["loss_after"], abs=1e-5)
+    assert first["bpb_before"].keys() == {"en", "zh"} and first["bpb_after"] == pytest.approx(
+        first["bpb_before"], abs=1e-5
+    )
+    nearby = runs.metrics(grown_run)[12]  # the step's validation, of other samples
+    for language in ("en", "zh"):
+        assert second["bpb_before"][language] == pytest.approx(float(nearby[f"val/bpb_{language}"]), rel=0.2)
+        assert second["bpb_after"][language] != second["bpb_before"][language]
     assert second["params_total"] > second["params_active"] > first["params_active"]
     assert first["tokens"] == 6 * 4 * 32
     assert [first["source"]["dim"], first["target"]["dim"], second["target"]["moe"]["num_experts"]] == [16, 24, 4]
