@@ -186,14 +186,17 @@ def _shard(network: Transformer, meshes: Meshes, wrapping: Wrapping) -> None:
     Losses are divided by what all processes have together, so that sums over processes are the gradients: also where
     one has fewer tokens, and for experts, whose gradients come from other processes by the exchange of rows.
     """
-    share = partial(fully_shard, reshard_after_forward=wrapping.reshard_after_forward)
+    layout = meshes.layout
     for block in _blocks(network):
-        for module, policy in _apart(block, meshes.layout, wrapping.gathers):
-            is_elsewhere = isinstance(module, Experts) and meshes.layout.ep > 1
-            mesh, sharers = meshes.fsdp, meshes.layout.dp_shard
-            if is_elsewhere:
-                mesh, sharers = meshes.expert_fsdp, meshes.layout.efsdp
-            share(module, mesh=mesh, mp_policy=policy, shard_placement_fn=partial(_placement, sharers))
+        for module, policy in _apart(block, layout, wrapping.gathers):
+            is_split = isinstance(module, Experts) and layout.ep > 1
+            fully_shard(
+                module,
+                mesh=meshes.expert_fsdp if is_split else meshes.fsdp,
+                reshard_after_forward=wrapping.reshard_after_forward,
+                mp_policy=policy,
+                shard_placement_fn=partial(_placement, layout.efsdp if is_split else layout.dp_shard),
+            )
     fully_shard(network, mesh=meshes.fsdp, reshard_after_forward=False)  # the loss needs the output's weight behind it
     register_fsdp_forward_method(network, "logits")
     for module in network.modules():
