@@ -258,6 +258,14 @@ def supersede_later(chosen: Path) -> None:
         path.rename(aside)
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Delete what saves that were killed have left of checkpoints. Only the run that writes there may do so."""
+    for path in _directories(directory):
+        name, _, rest = path.name.partition(".tmp-")
+        if rest and _NAME.fullmatch(name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def newest_valid(directory: Path) -> tuple[Path | None, list[Path]]:
     """The newest checkpoint that verifies, and the damaged ones that were passed over."""
     damaged = []

@@ -275,6 +275,7 @@ class TrainingCLI(LightningCLI):
                 _write_history(run_dir / "transitions.jsonl", metadata["transition_records"])
                 if chosen.parent.resolve() == (run_dir / "checkpoints").resolve():
                     store.supersede_later(chosen)
+                    store.remove_unfinished(chosen.parent)
         wandb_log = None
         if self.trainer.is_global_zero:
             settings = self._get(self.config_init, "wandb")

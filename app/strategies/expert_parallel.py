@@ -122,7 +122,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._setup_distributed()
         self.world.meet(self.root_device.type)
         if self.checkpoints != "gathered":
-            self.saver = PartSaver(self.global_rank, timedelta(minutes=self.timeout_minutes))
+            self.saver = PartSaver(self.global_rank, timedelta(minutes=self.timeout_minutes), self.root_device)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

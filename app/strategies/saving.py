@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
@@ -41,12 +43,14 @@ class PartSaver:
     Args:
         rank: the number of this process.
         timeout: how long processes wait for each other.
+        device: what this process trains on.
     """
 
-    def __init__(self, rank: int, timeout: timedelta) -> None:
+    def __init__(self, rank: int, timeout: timedelta, device: torch.device = torch.device("cpu")) -> None:
         self._rank = rank
         self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        enter = partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # else it is the first one
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=enter)
         self._pending: Future[None] | None = None
 
     def start(self, path: Path, tensors: dict[str, Tensor], publish: Publish) -> None:

@@ -74,8 +74,13 @@ def test_accumulation_may_change_where_a_step_ends(
 def test_going_back_sets_later_checkpoints_aside(parent: Path, world: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(parent, copy)
-    runs.fit(plain(copy, world, max_steps=6), "--ckpt_path", str(copy / "checkpoints" / "step-00000004"))
+    folder = copy / "checkpoints"
+    shutil.copytree(folder / "step-00000006", folder / "step-00000010.tmp-0123abcd")  # of a save that was killed
+    mine = folder / "step-00000010.tmp"
+    mine.mkdir()
+    runs.fit(plain(copy, world, max_steps=6), "--ckpt_path", str(folder / "step-00000004"))
     assert names(copy) == ["step-00000004", "step-00000006"]
+    assert [path for path in folder.iterdir() if ".tmp" in path.name] == [mine]
     aside = sorted(path.name for path in (copy / "checkpoints").iterdir() if "superseded" in path.name)
     assert aside == ["step-00000006.superseded", "step-00000008.superseded"]
 
