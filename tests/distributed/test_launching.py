@@ -110,7 +110,7 @@ def test_one_signal_stops_all(command: list[str], told: str, world: Path, tmp_pa
         _, errors = run.communicate(timeout=60)
     assert run.returncode == (143 if command is ITSELF else 1), errors  # torchrun has a code of its own
     assert saved_last_step(run_dir) < 4000
-    assert errors.count("stopped by SIGTERM after a checkpoint") == 2, errors
+    assert errors.count("stopped by SIGTERM after a checkpoint") == 1, errors  # the first process tells
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
