@@ -91,9 +91,15 @@ def publish_parts(
         files: the fingerprints of the parts (`fingerprint`), by name.
         index: which block of each tensor is in which of them.
         metadata, state, tokenizer_json: as for `write_checkpoint`.
+
+    Raises:
+        OSError: parts that other processes have written are not seen from here.
     """
     from app.checkpoint_parts import INDEX, write_index
 
+    unseen = [name for name in files if not (aside / name).is_file()]
+    if unseen:
+        raise OSError(f"{unseen[0]} is not seen by the first process: all must write to one trainer.default_root_dir")
     write_index(aside / INDEX, index)
     _write_rest(aside, state, tokenizer_json)
     _write_manifest(aside, PARTED, files, metadata)
