@@ -10,7 +10,8 @@
 Where several processes have written it, each its part, there is instead of weights.safetensors (`checkpoint_parts`)
 
         shard-00001-model-00001-of-00002.safetensors    the first process's part of the weights
-        shard-00001-model-00002-of-00002.safetensors    ... and of the optimizer's moments, which state.pt then lacks
+        shard-00001-model-00002-of-00002.safetensors    ... and of the optimizer's moments, which state.pt then lacks;
+                              more files where they would be larger than about 1 GiB
         tensors.json          which block of each tensor is in which file
 
 A checkpoint is valid when its manifest is there and every file matches it. Nothing is ever overwritten. Format version
@@ -20,9 +21,8 @@ A checkpoint is valid when its manifest is there and every file matches it. Noth
 import hashlib
 import json
 import platform
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,9 @@ WHOLE, PARTED = 2, 3
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 TOKENIZER = "tokenizer.json"
+SHARED = "all processes must write to one trainer.default_root_dir, on storage that their machines share"
 PREFIX = "network."
 """What Lightning's names of weights begin with: the network is one attribute of the LightningModule."""
-_NAME = re.compile(r"step-(\d+)(?:-stage-(\d+))?")
 
 
 def write_checkpoint(
@@ -93,13 +93,14 @@ def publish_parts(
         metadata, state, tokenizer_json: as for `write_checkpoint`.
 
     Raises:
-        OSError: parts that other processes have written are not seen from here.
+        OSError: parts that other processes have written are not seen from here, or not all of them.
     """
     from app.checkpoint_parts import INDEX, write_index
 
-    unseen = [name for name in files if not (aside / name).is_file()]
-    if unseen:
-        raise OSError(f"{unseen[0]} is not seen by the first process: all must write to one trainer.default_root_dir")
+    for name, expected in files.items():
+        size = (aside / name).stat().st_size if (aside / name).is_file() else 0
+        if size != expected["bytes"]:
+            raise OSError(f"of {name} the first process sees {size} bytes of {expected['bytes']}: {SHARED}")
     write_index(aside / INDEX, index)
     _write_rest(aside, state, tokenizer_json)
     _write_manifest(aside, PARTED, files, metadata)
@@ -119,9 +120,9 @@ def _write_rest(folder: Path, state: Mapping[str, Any] | None, tokenizer_json: s
 def _write_manifest(
     folder: Path, version: int, known: Mapping[str, dict[str, Any]], metadata: Mapping[str, Any]
 ) -> None:
-    """The manifest of the files that are there; fingerprints that are known are not taken again."""
-    files = {file.name: known.get(file.name) or fingerprint(file) for file in sorted(folder.iterdir())}
-    manifest = {"format_version": version, "files": files, "metadata": dict(metadata)}
+    """The manifest of what is known and of all other files that are there."""
+    others = {file.name: fingerprint(file) for file in sorted(folder.iterdir()) if file.name not in known}
+    manifest = {"format_version": version, "files": {**known, **others}, "metadata": dict(metadata)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
@@ -149,12 +150,17 @@ def verify(path: Path) -> None:
 
     A process does so once, as long as nothing writes to the files.
     """
+    from app.checkpoint_parts import INDEX, files_of
+
     files = {name: entry["sha256"] for name, entry in _read_manifest(path)["files"].items()}
     try:
         stats = [(path / name).stat() for name in files]
     except OSError as error:
         raise InputError(f"checkpoint {path} is damaged: a file cannot be read ({error}); use another") from None
     _compare(path, tuple(files.items()), tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    unlisted = sorted(files_of(path) - files.keys()) if INDEX in files else []
+    if unlisted:
+        raise InputError(f"checkpoint {path} is damaged: {unlisted[0]} is missing in {MANIFEST}; use an older one")
 
 
 @lru_cache(maxsize=16)
@@ -245,63 +251,12 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoint directories with a manifest, oldest first."""
-    found = [path for path in _directories(directory) if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: _order(path.name))
-
-
-def supersede_later(chosen: Path) -> None:
-    """Rename the checkpoints of the folder that come after `chosen`, from which a run is about to go another way.
-
-    They stay on the disk as `NAME.superseded`, out of the way of the new ones, and `newest_valid` does not see them.
-    """
-    later = list_checkpoints(chosen.parent)
-    for path in later[later.index(chosen) + 1 :]:
-        aside, number = path.with_name(f"{path.name}.superseded"), 2
-        while aside.exists():
-            aside, number = path.with_name(f"{path.name}.superseded-{number}"), number + 1
-        path.rename(aside)
-
-
-def remove_unfinished(directory: Path) -> None:
-    """Delete what saves that were killed have left of checkpoints. Only the run that writes there may do so."""
-    for path in _directories(directory):
-        name, _, rest = path.name.partition(".tmp-")
-        if rest and _NAME.fullmatch(name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def newest_valid(directory: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint that verifies, and the damaged ones that were passed over."""
-    damaged = []
-    for path in reversed(list_checkpoints(directory)):
-        try:
-            verify(path)
-        except InputError:
-            damaged.append(path)
-        else:
-            return path, damaged
-    return None, damaged
-
-
 def library_versions() -> dict[str, str]:
     """Versions that matter for reading a checkpoint or repeating a run."""
     import lightning
     import torch
 
     return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
-
-
-def _directories(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else iter(())
-
-
-def _order(name: str) -> tuple[int, int]:
-    """Step and stage; a regular checkpoint comes before the transition at its step."""
-    match = _NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1]), int(match[2] or -1)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -84,6 +84,12 @@ def write_index(path: Path, index: Index) -> None:
     path.write_text(json.dumps({name: asdict(entry) for name, entry in index.items()}), encoding="utf-8")
 
 
+def files_of(folder: Path) -> set[str]:
+    """The files that the index of a checkpoint names."""
+    entries = json.loads((folder / INDEX).read_text(encoding="utf-8")).values()
+    return {block["file"] for entry in entries for block in entry["blocks"]}
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor on the disk, in parts. `tensor[region]` reads a block of it, from the files that have some of it."""

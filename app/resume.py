@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from app import checkpoint as store
+from app.checkpoint_folder import list_checkpoints, newest_valid
 from modules.errors import InputError
 
 LOGS = ("metrics.csv", "transitions.jsonl", "expert_load.jsonl")
@@ -23,7 +24,7 @@ def choose_checkpoint(run_dir: Path, requested: str | None, is_writer: bool = Tr
     """
     folder = run_dir / "checkpoints"
     if requested == "auto":
-        chosen, damaged = store.newest_valid(folder)
+        chosen, damaged = newest_valid(folder)
         if chosen is None and damaged:
             raise InputError(
                 f"--ckpt_path auto finds no valid checkpoint in {folder}: {', '.join(path.name for path in damaged)} "
@@ -36,7 +37,7 @@ def choose_checkpoint(run_dir: Path, requested: str | None, is_writer: bool = Tr
         _refuse_used(
             is_writer,
             run_dir,
-            f"--ckpt_path auto continues it{'' if store.list_checkpoints(folder) else ' once it has saved'}",
+            f"--ckpt_path auto continues it{'' if list_checkpoints(folder) else ' once it has saved'}",
         )
         return None, []
     path = Path(requested)
@@ -50,7 +51,7 @@ def _refuse_used(is_writer: bool, run_dir: Path, reason: str) -> None:
     if not is_writer:
         return
     used = [name for name in LOGS if (run_dir / name).exists()]
-    if used or store.list_checkpoints(run_dir / "checkpoints"):
+    if used or list_checkpoints(run_dir / "checkpoints"):
         raise InputError(
             f"trainer.default_root_dir={run_dir} already holds a run ({', '.join(used) or 'checkpoints'}), "
             f"and {reason}; choose another directory for a new run"

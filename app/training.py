@@ -13,6 +13,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from app import checkpoint as store
+from app import checkpoint_folder
 from app.checkpoint_io import DirectoryCheckpointIO
 from app.launcher import follow_parent, parting
 from app.parsing import OneLineParser
@@ -198,7 +199,7 @@ class TrainingCLI(LightningCLI):
     def _named_checkpoint(self, requested: str) -> Path:
         """The checkpoint that `--ckpt_path` names, where nothing will be written beside it."""
         folder = Path(self.trainer.default_root_dir) / "checkpoints"
-        chosen = store.newest_valid(folder)[0] if requested == "auto" else Path(requested)
+        chosen = checkpoint_folder.newest_valid(folder)[0] if requested == "auto" else Path(requested)
         if chosen is None:
             raise InputError(f"--ckpt_path auto finds no valid checkpoint in {folder}; give a checkpoint directory")
         return chosen
@@ -274,8 +275,8 @@ class TrainingCLI(LightningCLI):
                 run_log.resume_at(metadata["step"], metadata["stage"])
                 _write_history(run_dir / "transitions.jsonl", metadata["transition_records"])
                 if chosen.parent.resolve() == (run_dir / "checkpoints").resolve():
-                    store.supersede_later(chosen)
-                    store.remove_unfinished(chosen.parent)
+                    checkpoint_folder.supersede_later(chosen)
+                    checkpoint_folder.remove_unfinished(chosen.parent)
         wandb_log = None
         if self.trainer.is_global_zero:
             settings = self._get(self.config_init, "wandb")

@@ -20,10 +20,6 @@ class SavesInBackground(Protocol):
 
     is_saving: bool
 
-    def check_saving(self) -> None:
-        """Raise the error of a checkpoint that could not be written, as soon as it is known."""
-        ...
-
     def finish_saving(self) -> None:
         """Wait until the checkpoint that is being written is complete; raises where it could not be."""
         ...
@@ -54,8 +50,6 @@ class Checkpointing(Checkpoint):
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when it is time, or when this is the last step."""
-        if isinstance(trainer.strategy, SavesInBackground):
-            trainer.strategy.check_saving()
         step = trainer.global_step
         last = step == trainer.max_steps or trainer.should_stop
         if finished_step(trainer) and (last or step % self.every_n_steps == 0):

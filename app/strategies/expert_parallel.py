@@ -175,11 +175,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         rest = copy.deepcopy({"state": move_data_to_device(state, "cpu"), **self.checkpoint_io.describe(checkpoint)})
         return lambda aside, files, index: store.publish_parts(aside, path, files=files, index=index, **rest)
 
-    def check_saving(self) -> None:
-        """Raise the error of a save in the background, as soon as it is known."""
-        if self.saver is not None:
-            self.saver.check()
-
     def finish_saving(self) -> None:
         """Wait until the checkpoint that is being written is complete; raises where it could not be."""
         if self.saver is not None:

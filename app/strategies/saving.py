@@ -23,6 +23,8 @@ from modules.files import directory_beside
 Publish = Callable[[Path, Mapping[str, dict[str, Any]], Index], None]
 """Completes a directory that holds all parts: its path, the parts' fingerprints by name, the index of their tensors."""
 
+FILE_BYTES = 2**30
+
 
 @dataclass(frozen=True)
 class Part:
@@ -62,10 +64,16 @@ class PartSaver:
             publish: what the first process does when all parts are there.
 
         Raises:
-            OSError: the one before could not be written, or this one cannot be begun; on every process.
+            OSError: the one before could not be written, or this one cannot be begun, because it is there already or
+                processes do not see the same storage; on every process.
         """
         self.finish()
-        aside = self._agree(path, lambda: directory_beside(path) if self._rank == 0 else None)[0]
+        aside = self._agree(path, lambda: self._begin(path) if self._rank == 0 else None)[0]
+        try:
+            self._agree(path, lambda: _require_seen(aside))
+        except OSError:
+            self._clear(aside)
+            raise
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._pending = self._executor.submit(self._complete, path, aside, copies, publish)
 
@@ -74,11 +82,6 @@ class PartSaver:
         """Whether a checkpoint was begun that is not complete."""
         pending = self._pending
         return pending is not None and not (pending.done() and pending.exception() is None)
-
-    def check(self) -> None:
-        """Raise the error of a checkpoint that could not be written, as soon as it is known."""
-        if self._pending is not None and self._pending.done():
-            self.finish()
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written is complete.
@@ -94,12 +97,18 @@ class PartSaver:
         """Wait until nothing is being written, whatever became of it."""
         self._executor.shutdown()
 
+    @staticmethod
+    def _begin(path: Path) -> Path:
+        if path.exists():
+            raise FileExistsError("it exists already, and checkpoints are never overwritten")
+        return directory_beside(path)
+
     def _complete(self, path: Path, aside: Path, tensors: dict[str, Tensor], publish: Publish) -> None:
         """In the background: write this process's part, and publish the whole when all are there."""
 
         def own_part() -> Part:
-            file_of = {name: 2 if name.startswith(MOMENTS) else 1 for name in tensors}
-            writer = HuggingFaceStorageWriter(str(aside), file_of, save_distributed=True)
+            writer = HuggingFaceStorageWriter(str(aside), _numbers_of_files(tensors), save_distributed=True)
+            writer.per_thread_copy_ahead = 0  # values are on the CPU: DCP would wait for the GPU that trains
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
             files = sorted(aside.glob(f"shard-{self._rank + 1:05d}-*.safetensors"))
             return Part({file.name: store.fingerprint(file) for file in files}, index_of(files))
@@ -113,9 +122,12 @@ class PartSaver:
             parts = self._agree(path, own_part)
             self._agree(path, publish_all)
         except BaseException:
-            if self._rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
+            self._clear(aside)
             raise
+
+    def _clear(self, aside: Path) -> None:
+        if self._rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _agree(self, path: Path, work: Callable[[], Any]) -> list[Any]:
         """Do something on every process; what it gave: to the first process on all of them, to others on the first.
@@ -130,15 +142,37 @@ class PartSaver:
             causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
             reason = " / ".join(f"{type(cause).__name__}: {cause}" for cause in causes or [error])
         is_first = self._rank == 0
-        outcomes: list[Any] = [None] * dist.get_world_size(self._group) if is_first else [(result, reason)]
-        dist.gather_object((result, reason), outcomes if is_first else None, group=self._group)
-        failures = [f"process {rank}: {reason}" for rank, (_, reason) in enumerate(outcomes) if reason]
-        told = [(result, failures)]
-        dist.broadcast_object_list(told, group=self._group)
+        try:
+            outcomes: list[Any] = [None] * dist.get_world_size(self._group) if is_first else [(result, reason)]
+            dist.gather_object((result, reason), outcomes if is_first else None, group=self._group)
+            failures = [f"process {rank}: {reason}" for rank, (_, reason) in enumerate(outcomes) if reason]
+            told = [(result, failures)]
+            dist.broadcast_object_list(told, group=self._group)
+        except RuntimeError as error:
+            raise OSError(f"checkpoint {path} could not be written; a process does not answer: {error}") from None
         first, failures = told[0]
         if failures:
             raise OSError(f"checkpoint {path} could not be written; {failures[0]}")
         return [given for given, _ in outcomes] if is_first else [first]
+
+
+def _require_seen(aside: Path) -> None:
+    if not aside.is_dir():
+        raise FileNotFoundError(f"{aside} is not seen from here: {store.SHARED}")
+
+
+def _numbers_of_files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The file of each tensor, from 1: weights, then moments, of this process about `FILE_BYTES` in each.
+
+    DCP puts a file together in memory before it writes it. The first process's numbers hold for all; it has the most.
+    """
+    numbers, number, size, kind = {}, 0, 0, None
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if kind != name.startswith(MOMENTS) or size + local.nbytes > FILE_BYTES:
+            number, size, kind = number + 1, 0, name.startswith(MOMENTS)
+        numbers[name], size = number, size + local.nbytes
+    return numbers
 
 
 def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

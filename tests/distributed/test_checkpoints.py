@@ -22,8 +22,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from app import checkpoint as store
+from app.checkpoint_folder import list_checkpoints, newest_valid
 from app.checkpoint_parts import INDEX, MOMENTS, PartedTensors
 from app.cli import main
+from app.strategies import saving
 from app.strategies.layout import Layout
 from app.strategies.saving import PartSaver
 from modules.errors import InputError
@@ -133,7 +135,6 @@ def slow_or_broken(folder: Path) -> None:
             for parameter in network.parameters():
                 parameter.to_local().fill_(7.0)
         assert saver.is_busy and not good.exists()
-        saver.check()
         saver.finish()
     assert not saver.is_busy
     weights = PartedTensors(good).tensors
@@ -155,6 +156,51 @@ def test_a_save_keeps_its_values_and_a_failure_reaches_every_process(tmp_path: P
     together(2, tmp_path / "ranks", slow_or_broken, tmp_path)
 
 
+def apart(folder: Path) -> None:
+    """Processes whose storage is not the same: the second one sees none of the directories of the first."""
+    dist.init_process_group("gloo")
+    rank, seen = dist.get_rank(), Path.is_dir
+    saver = PartSaver(rank, PATIENCE)
+    tensors = module_in(world_in(Layout(1, 2)), UNEVEN).network.state_dict()
+    path = folder / "step-00000001"
+    with (
+        patch.object(Path, "is_dir", lambda self: False if rank and ".tmp-" in self.name else seen(self)),
+        pytest.raises(OSError, match=r"process 1: .* storage that their machines share"),
+    ):
+        saver.start(path, tensors, publish_as(path))
+    saver.start(path, tensors, publish_as(path))
+    saver.finish()
+    with pytest.raises(OSError, match="exists already"):
+        saver.start(path, tensors, publish_as(path))
+    saver.close()
+    dist.destroy_process_group()
+
+
+def test_storage_that_is_not_shared_and_names_that_are_taken_are_refused(tmp_path: Path) -> None:
+    together(2, tmp_path / "ranks", apart, tmp_path)
+    (path,) = tmp_path.glob("step-*")
+    store.verify(path)
+
+
+def test_parts_that_the_first_process_does_not_see_are_never_published(tmp_path: Path) -> None:
+    aside, path = tmp_path / "step-00000001.tmp-01234567", tmp_path / "step-00000001"
+    aside.mkdir()
+    (aside / "shard-1").write_bytes(b"1234")
+    for files in ({"shard-2": {"bytes": 4, "sha256": ""}}, {"shard-1": {"bytes": 5, "sha256": ""}}):
+        with pytest.raises(OSError, match="the first process sees"):
+            publish_as(path)(aside, files, {})
+    assert not path.exists()
+
+
+def test_files_are_of_a_limited_size(tmp_path: Path) -> None:
+    names = [f"w{number}" for number in range(5)] + [f"{MOMENTS}w{number}.exp_avg" for number in range(5)]
+    tensors = {name: torch.zeros(10) for name in names}
+    with patch.object(saving, "FILE_BYTES", 100):  # two tensors of 40 bytes
+        numbers = saving._numbers_of_files(tensors)
+    assert list(numbers.values()) == [1, 1, 2, 2, 3, 4, 4, 5, 5, 6]
+    assert set(saving._numbers_of_files(tensors).values()) == {1, 2}
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +217,7 @@ def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 def test_checkpoints_in_parts_hold_what_gathered_ones_hold(runs: dict[str, Path]) -> None:
     folders = {kind: run / "checkpoints" for kind, run in runs.items()}
-    names = {kind: [path.name for path in store.list_checkpoints(folder)] for kind, folder in folders.items()}
+    names = {kind: [path.name for path in list_checkpoints(folder)] for kind, folder in folders.items()}
     assert names["async"] == names["gathered"]
     assert [name for name in names["async"] if "stage" not in name] == ["step-00000012", "step-00000014"]
     for name in names["async"]:
@@ -213,6 +259,16 @@ def test_damage_to_any_file_is_found(runs: dict[str, Path]) -> None:
                 store.load_state(path)
         file.write_bytes(content)
     store.verify(path)
+    manifest = path / store.MANIFEST
+    text = manifest.read_text()
+    files = json.loads(text)["files"]
+    part = next(name for name in files if name.startswith("shard-00002"))
+    manifest.write_text(json.dumps(json.loads(text) | {"files": {k: v for k, v in files.items() if k != part}}))
+    newest, _ = newest_valid(path.parent)
+    assert newest != path and newest is not None
+    with pytest.raises(InputError, match=f"{part} is missing"):
+        store.verify(path)
+    manifest.write_text(text)
 
 
 @pytest.mark.slow
@@ -236,7 +292,7 @@ def test_killed_again_and_again_it_loses_nothing(world: Path, tmp_path: Path) ->
             kills += 1
         if process.wait() == 0:
             break
-        for path in store.list_checkpoints(folder):
+        for path in list_checkpoints(folder):
             store.verify(path)
     assert process.returncode == 0 and kills >= 3
     assert_same(fit(undisturbed, 2), tmp_path / "run")

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from app.checkpoint import list_checkpoints, read_metadata
+from app.checkpoint import read_metadata
+from app.checkpoint_folder import list_checkpoints
 from tests.end_to_end import runs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.checkpoint import list_checkpoints, load_state, read_metadata
+from app.checkpoint import load_state, read_metadata
+from app.checkpoint_folder import list_checkpoints
 from app.cli import main
 from tests.end_to_end import runs
 

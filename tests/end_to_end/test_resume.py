@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from app.checkpoint import list_checkpoints, load_state
+from app.checkpoint import load_state
+from app.checkpoint_folder import list_checkpoints
 from tests.end_to_end import runs
 from tests.end_to_end.test_bad_input import refused
 

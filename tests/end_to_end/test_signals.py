@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.checkpoint import list_checkpoints, read_metadata
+from app.checkpoint import read_metadata
+from app.checkpoint_folder import list_checkpoints
 from tests.end_to_end import runs
 
 
