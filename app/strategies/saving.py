@@ -140,7 +140,7 @@ class PartSaver:
             result = work()
         except BaseException as error:  # DCP's exceptions are of that kind
             causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
-            reason = " / ".join(f"{type(cause).__name__}: {cause}" for cause in causes or [error])
+            reason = " / ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause in causes or [error]))
         is_first = self._rank == 0
         try:
             outcomes: list[Any] = [None] * dist.get_world_size(self._group) if is_first else [(result, reason)]
