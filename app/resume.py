@@ -6,7 +6,7 @@ from app import checkpoint as store
 from app.checkpoint_folder import list_checkpoints, newest_valid
 from modules.errors import InputError
 
-LOGS = ("metrics.csv", "transitions.jsonl", "expert_load.jsonl")
+LOGS = ("metrics.csv", "transitions.jsonl", "expert_load.jsonl", "language_load.jsonl")
 
 
 def choose_checkpoint(run_dir: Path, requested: str | None, is_writer: bool = True) -> tuple[Path | None, list[Path]]:
@@ -41,6 +41,8 @@ def choose_checkpoint(run_dir: Path, requested: str | None, is_writer: bool = Tr
         )
         return None, []
     path = Path(requested)
+    if path.is_symlink():  # the link to the best one: by its own name it is among its like
+        path = path.parent / path.resolve().name
     store.read_metadata(path)
     if path.resolve().parent != folder.resolve():
         _refuse_used(is_writer, run_dir, f"{path} is not one of its checkpoints")

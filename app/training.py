@@ -30,6 +30,7 @@ from callbacks.expert_load import ExpertLoad
 from callbacks.final_validation import FinalValidation
 from callbacks.growth import Growth
 from callbacks.lm_evaluation import LMEvaluation
+from callbacks.monitor import Monitor
 from callbacks.safety import StopOnSignal
 from callbacks.throughput import Throughput
 from callbacks.training_log import TrainingLog
@@ -44,6 +45,7 @@ from modules.jsonl import append_jsonl
 from modules.language_model import LanguageModel
 from modules.mixture import MoELM  # noqa: F401
 from modules.moe_config import check_groups
+from modules.validation import validation_names
 from modules.world import world_of
 
 VOCABULARY = "model.init_args.architecture.vocab_size"
@@ -52,6 +54,7 @@ CONFIGURABLE = {
     "expert_load": ExpertLoad,
     "growth": Growth,
     "evaluation": LMEvaluation,
+    "monitor": Monitor,
     "console": Console,
     "checkpoint": Checkpointing,
 }
@@ -107,6 +110,7 @@ class TrainingCLI(LightningCLI):
             self.stopper,
             parts["evaluation"],
             FinalValidation(),
+            parts["monitor"],
             parts["console"],
             parts["checkpoint"],
         ]
@@ -144,7 +148,10 @@ class TrainingCLI(LightningCLI):
         if metadata:
             self.datamodule.trainer = self.trainer
             self.datamodule.load_state_dict(metadata["data_position"])
-        self._get(self.config_init, "evaluation").prepare(self.datamodule, architectures)
+        evaluation: LMEvaluation = self._get(self.config_init, "evaluation")
+        evaluation.prepare(self.datamodule, architectures)
+        validated = validation_names(self.datamodule.languages)
+        self._get(self.config_init, "monitor").check({*validated, *evaluation.metric_names})
         for path in damaged:
             sys.stderr.write(f"growmoe fit: checkpoint {path} is damaged and passed over\n")
         self._open_run(run_dir, chosen, metadata)

@@ -1,5 +1,6 @@
 """When checkpoints are written, and which are kept."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ from callbacks.cadence import finished_step
 from modules.config import MANIFEST
 from modules.errors import InputError, require_positive
 from modules.language_model import LanguageModel
+
+BEST = "best"
+"""the link to the best checkpoint, where a metric decides about it"""
 
 
 @runtime_checkable
@@ -30,7 +34,8 @@ class Checkpointing(Checkpoint):
 
     Args:
         every_n_steps: optimizer steps between two checkpoints.
-        keep_last: regular checkpoints to keep, at least 2; those at transitions (`-stage-K`) stay for good.
+        keep_last: regular checkpoints to keep, at least 2; those at transitions (`-stage-K`) stay for good, and the
+            best one until there is a better one (see `Monitor`).
     """
 
     def __init__(self, every_n_steps: int = 500, keep_last: int = 3) -> None:
@@ -40,9 +45,11 @@ class Checkpointing(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self._kept: list[str] = []
+        self._best: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Save the start of a fresh run, so that there is always something to continue from."""
+        self._link_best(trainer)
         if trainer.global_step == 0:
             self._save_regular(trainer)
 
@@ -69,27 +76,47 @@ class Checkpointing(Checkpoint):
         """Keep the first state of the grown model for good."""
         self._save_boundary(trainer, pl_module.stage)
 
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Save the present state, between two steps, unless it is there already."""
+        self._save_regular(trainer)
+
+    def keep_best(self, trainer: pl.Trainer, stage: int | None = None) -> None:
+        """Save the present state, and keep it as `best` until another one is; the former may then be pruned.
+
+        Args:
+            trainer: between two steps.
+            stage: given at a transition to this stage, whose checkpoint is written and kept anyway.
+        """
+        former, name = self._best, _step_name(trainer)
+        self._best = name if stage is None else f"{name}-stage-{stage}"
+        if former is not None and former != self._best and "-stage-" not in former and former not in self._kept:
+            self._kept.insert(0, former)
+        if stage is None:
+            self._save_regular(trainer)
+        self._link_best(trainer)
+
     def state_dict(self) -> dict[str, Any]:
-        """The names of the regular checkpoints, oldest first, that may be pruned."""
-        return {"kept": list(self._kept)}
+        """The names of the regular checkpoints, oldest first, that may be pruned, and of the best one."""
+        return {"kept": list(self._kept), "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue pruning where the run stopped."""
         self._kept = list(state_dict["kept"])
+        self._best = state_dict.get("best")
 
     def _save_regular(self, trainer: pl.Trainer) -> None:
         """Save, and delete the oldest regular checkpoints once the new one is complete.
 
         The name is noted first: a checkpoint knows of itself, and a run that continues from it may prune it.
         """
-        name = f"step-{trainer.global_step:08d}"
+        name = _step_name(trainer)
         self._kept = [*(kept for kept in self._kept if kept != name), name]
         self._save(trainer, name)
         self._prune(trainer)
 
     def _save_boundary(self, trainer: pl.Trainer, stage: int) -> None:
         with _as_at_batch_end(trainer):
-            self._save(trainer, f"step-{trainer.global_step:08d}-stage-{stage}")
+            self._save(trainer, f"{_step_name(trainer)}-stage-{stage}")
 
     def _save(self, trainer: pl.Trainer, name: str) -> Path:
         path = _folder(trainer) / name
@@ -104,8 +131,28 @@ class Checkpointing(Checkpoint):
         is_saving = isinstance(trainer.strategy, SavesInBackground) and trainer.strategy.is_saving
         while len(self._kept) > self.keep_last + is_saving:
             path = _folder(trainer) / self._kept.pop(0)
-            if path.exists():  # a run that continues another run's checkpoint has none of its files
+            if (
+                path.name != self._best and path.exists()
+            ):  # a run that continues another run's checkpoint has none of its files
                 trainer.strategy.remove_checkpoint(path)
+
+    def _link_best(self, trainer: pl.Trainer) -> None:
+        """Let `best` name the best checkpoint; a resumed run may have had a better one on the way that it left."""
+        link = _folder(trainer) / BEST
+        if not trainer.is_global_zero or not (self._best or link.is_symlink()):
+            return
+        if self._best is None:
+            link.unlink()
+            return
+        aside = link.with_name(f"{BEST}.tmp")
+        aside.unlink(missing_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        aside.symlink_to(self._best)
+        os.replace(aside, link)
+
+
+def _step_name(trainer: pl.Trainer) -> str:
+    return f"step-{trainer.global_step:08d}"
 
 
 def _folder(trainer: pl.Trainer) -> Path:

@@ -1,7 +1,7 @@
 """What a person sees of a run: a bar on a terminal, and one line for each logged step."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +12,9 @@ from callbacks.cadence import is_log_step, tokens_seen
 from modules.errors import require_positive
 from modules.functional.flops import count_parameters
 from modules.language_model import LanguageModel
+
+MAX_TASKS = 6
+"""figures of an evaluation that a line shows"""
 
 
 class Console(TQDMProgressBar):
@@ -65,6 +68,18 @@ class Console(TQDMProgressBar):
         if metrics and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             values = "  ".join(f"{name.removeprefix('val/')} {value:.4f}" for name, value in sorted(metrics.items()))
             self._line(f"step {trainer.global_step:>6}  validation  {values}")
+
+    def on_evaluation(
+        self,
+        trainer: pl.Trainer,
+        pl_module: LanguageModel,
+        metrics: Mapping[str, float],
+        transition: Mapping[str, Any] | None,
+    ) -> None:
+        """The figure of each task, as far as they fit."""
+        values = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items()]
+        rest = f"  and {len(values) - MAX_TASKS} more" if len(values) > MAX_TASKS else ""
+        self._line(f"step {trainer.global_step:>6}  evaluation  {'  '.join(values[:MAX_TASKS])}{rest}")
 
     def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: dict[str, Any]) -> None:
         """One line for the transition."""

@@ -21,6 +21,7 @@ from modules.moe_config import MoEConfig
 from modules.routing_metrics import LOAD_FIGURES, RoutingLoad, load_figures
 
 LOG_FILE = "expert_load.jsonl"
+LANGUAGE_FILE = "language_load.jsonl"
 NAMED_LAYERS = 6
 """further layers that a warning names"""
 _NO_SOURCE = 1_000_000
@@ -93,6 +94,20 @@ class ExpertLoad(pl.Callback):
             self._log(trainer, pl_module, moe, self._step_load.compute())
         if finished_step(trainer):
             self._step_load.reset()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Note how each language uses the experts."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        choices = pl_module.validation.expert_choices()
+        if choices and trainer.is_global_zero:
+            layers = pl_module.architecture.routed_layers
+            record = {
+                "step": trainer.global_step,
+                "tokens": tokens_seen(trainer),
+                "languages": {language: _shares(layers, counts_NE) for language, counts_NE in choices.items()},
+            }
+            append_jsonl(Path(trainer.default_root_dir) / LANGUAGE_FILE, record)
 
     def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: dict[str, Any]) -> None:
         """What was seen is of the network before."""
@@ -252,12 +267,13 @@ def _dropped_names(moe: MoEConfig) -> tuple[str, ...]:
 
 
 def _write_shares(trainer: pl.Trainer, layers: tuple[int, ...], counts_NE: Tensor) -> None:
-    """One line of the log; four digits of each share, so that only an expert without a token has 0."""
+    """One line of the log."""
+    record = {"step": trainer.global_step, "tokens": tokens_seen(trainer), "layers": _shares(layers, counts_NE)}
+    append_jsonl(Path(trainer.default_root_dir) / LOG_FILE, record)
+
+
+def _shares(layers: tuple[int, ...], counts_NE: Tensor) -> dict[str, list[float]]:
+    """Each expert's share of a layer, with four digits, so that only an expert without a token has 0."""
     shares_NE = (counts_NE.double() / counts_NE.sum(dim=1, keepdim=True)).tolist()
     by_layer = zip(layers, shares_NE, strict=True)
-    record = {
-        "step": trainer.global_step,
-        "tokens": tokens_seen(trainer),
-        "layers": {str(layer): [float(f"{share:.4g}") for share in row] for layer, row in by_layer},
-    }
-    append_jsonl(Path(trainer.default_root_dir) / LOG_FILE, record)
+    return {str(layer): [float(f"{share:.4g}") for share in row] for layer, row in by_layer}

@@ -4,36 +4,52 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.cadence import finished_step, tokens_seen
-from callbacks.eval_tasks import Suite, choose_suite, load_suite, load_tasks, preserved_random_state
+from callbacks.evaluation.company import Stopped
+from callbacks.evaluation.samples import COLUMNS
+from callbacks.evaluation.suites import Suite, choose_suite, load_suite, load_suites
+from callbacks.evaluation.tasks import LoadedTasks, Missing, Source, load_tasks, preserved_random_state
+from callbacks.safety import StopOnSignal
 from modules.config import ModelConfig
-from modules.errors import InputError, require_positive
+from modules.errors import InputError, require_not_negative, require_positive
 from modules.files import replace_file
 from modules.language_model import LanguageModel, log_metrics
+from modules.world import world_of
+
+if TYPE_CHECKING:
+    from callbacks.evaluation.harness import Harness
 
 
 class LMEvaluation(pl.Callback):
     """Evaluates lm-eval tasks between optimizer steps, at the start, at the end, and behind transitions.
 
-    Results go to `<default_root_dir>/eval/step-NNNNNNNN.json` and, as `eval/<task>`, to the loggers. Training with and
-    without evaluation is bit-equal: random state and training mode are restored, and gradients are not touched. A task
-    that fails gives a warning, and training goes on; a task that cannot be loaded is an `InputError` before it begins.
+    Results go to `<default_root_dir>/eval/step-NNNNNNNN.json` and, as `eval/<task>`, to the loggers and to Lightning's
+    callback metrics; W&B also gets a table of examples. They are the same on any number of processes, which share the
+    questions out. Training with and without evaluation is bit-equal: random state and training mode are restored, and
+    gradients are not touched. A task that fails gives a warning, and training goes on; one that cannot be loaded is an
+    `InputError` before it begins. Forward passes run in the trainer's precision.
 
     Args:
-        suite: a suite of `configs/eval`. When `tasks` are not given either, `synthetic` if the data are the embedded
-            world, and no evaluation beside other data.
-        tasks: names of lm-eval tasks, in the place of a suite.
+        suite: a suite of `configs/eval`, or several with commas between them. When `tasks` are not given either,
+            `synthetic` if the data are the embedded world, and no evaluation beside other data.
+        tasks: names of suites and of lm-eval tasks, in the place of a suite.
         every_n_steps: evaluate whenever so many optimizer steps are finished; not at all when left out.
+        every_n_tokens: evaluate whenever so many more tokens were trained on; likewise.
         at_start: evaluate before the first step of a fresh run.
         at_end: evaluate when training has reached its last step.
         at_transitions: evaluate the grown network behind each transition.
-        limit: documents per task at most; below 1, a share of them.
+        limit: documents per task at most, the first ones; below 1, a share of them.
         max_batch_tokens: tokens of one forward pass, padding included.
+        data_mirror: a folder that holds data sets of the hub as <org>/<name>; nothing is then asked of the hub.
+        missing: what to do about tasks whose data are not at hand: error names them before training starts, skip warns
+            and goes on with the others.
+        examples: questions of each task that the table of W&B shows.
     """
 
     def __init__(
@@ -41,37 +57,65 @@ class LMEvaluation(pl.Callback):
         suite: str | None = None,
         tasks: list[str] | None = None,
         every_n_steps: int | None = None,
+        every_n_tokens: int | None = None,
         at_start: bool = False,
         at_end: bool = True,
         at_transitions: bool = True,
         limit: int | float | None = None,
         max_batch_tokens: int = 8192,
+        data_mirror: Path | None = None,
+        missing: Missing = "error",
+        examples: int = 3,
     ) -> None:
         super().__init__()
         if suite is not None and tasks is not None:
             raise InputError(f"suite={suite!r} and tasks={tasks} are both given; choose one of the two")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise InputError(
-                f"every_n_steps={every_n_steps} must be at least 1; leave it out for no regular evaluation"
-            )
+        for name, value in {"every_n_steps": every_n_steps, "every_n_tokens": every_n_tokens}.items():
+            if value is not None and value < 1:
+                raise InputError(
+                    f"evaluation.{name}={value} must be at least 1; leave it out for no regular evaluation"
+                )
         if limit is not None and not limit > 0:
             raise InputError(f"limit={limit} must be above 0 documents; leave it out to evaluate all")
         require_positive(**{"evaluation.max_batch_tokens": max_batch_tokens})
+        require_not_negative(**{"evaluation.examples": examples})
         self.suite: Suite | None = None
-        if suite is not None or tasks is not None:
-            self.suite = load_suite(suite) if suite is not None else choose_suite(tasks or [])
-        self.every_n_steps = every_n_steps
+        if suite is not None:
+            self.suite = load_suites(suite)
+        elif tasks is not None:
+            self.suite = choose_suite(tasks)
+        self.every_n_steps, self.every_n_tokens = every_n_steps, every_n_tokens
         self.at_start = at_start
         self.at_end = at_end
         self.at_transitions = at_transitions
         self.limit = limit
         self.max_batch_tokens = max_batch_tokens
+        self.data_mirror, self.missing = data_mirror, missing
+        self.examples = examples
         self.latest: dict[str, Any] | None = None
         """the newest record, as written to its file; for whoever shows it"""
         self.latest_metrics: dict[str, float] = {}
         """the newest `eval/<task>`"""
-        self._tasks: dict[str, dict[str, Any]] | None = None  # None: off
+        self._tasks: LoadedTasks | None = None  # None: off
+        self._harness: Harness | None = None
         self._prepared_for: Any = None
+        self._tokens_before = 0
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything asks for an evaluation."""
+        regular = self.every_n_steps is not None or self.every_n_tokens is not None
+        return self.at_start or self.at_end or self.at_transitions or regular
+
+    @property
+    def metric_names(self) -> set[str]:
+        """The metrics that are going to be logged, once `prepare` has loaded the tasks."""
+        if self._tasks is None:
+            return set()
+        names = set()
+        for name, entry in self._tasks.by_name.items():
+            names |= {name} if name in entry["tasks"] or name in entry["groups"] else set(entry["tasks"])
+        return {f"eval/{name}" for name in names}
 
     def prepare(self, datamodule: Any, architectures: Sequence[ModelConfig] = ()) -> None:
         """Load the tasks and their data sets; what is wrong with them shows here, before a run writes anything.
@@ -86,12 +130,11 @@ class LMEvaluation(pl.Callback):
             InputError: unknown tasks, data that cannot be loaded, tasks of the embedded world beside other data, an
                 architecture whose outputs depend on later tokens.
         """
-        self._prepared_for, self._tasks = datamodule, None
+        self._prepared_for, self._tasks, self._harness = datamodule, None, None
         folder = getattr(datamodule, "task_dir", None)
         if self.suite is None and folder is not None:
             self.suite = load_suite("synthetic")
-        wanted = self.at_start or self.at_end or self.at_transitions or self.every_n_steps is not None
-        if self.suite is None or not wanted or not _is_installed():
+        if self.suite is None or not self.is_wanted or not _is_installed():
             return
         if self.suite.embedded and folder is None:
             raise InputError(
@@ -104,7 +147,10 @@ class LMEvaluation(pl.Callback):
                 "tokens too, so scores would not be those of a language model; set evaluation.at_end=false and "
                 "evaluation.at_transitions=false, or use another router"
             )
-        self._tasks = load_tasks(self.suite, folder)
+        self._tasks = load_tasks(self.suite, Source(folder, self.data_mirror, self.missing))
+        if self._tasks.missing:
+            names = ", ".join(self._tasks.missing)
+            rank_zero_warn(f"evaluation suite {self.suite.name!r} goes without {names}, whose data are not at hand")
 
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         """Load the tasks, unless `prepare` has been called with this data already."""
@@ -113,15 +159,23 @@ class LMEvaluation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Evaluate the untrained network when asked to; a resumed run has been past this."""
+        self._tokens_before = tokens_seen(trainer)
         if self.at_start and trainer.global_step == 0:
             self.evaluate_now(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Evaluate behind every n-th optimizer step, never inside an accumulation."""
-        is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if is_due and finished_step(trainer) and not trainer.should_stop:
+        """Evaluate behind optimizer steps whose turn it is, never inside an accumulation."""
+        if not finished_step(trainer):
+            return
+        before, self._tokens_before = self._tokens_before, tokens_seen(trainer)
+        by_steps = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        by_tokens = (
+            self.every_n_tokens is not None
+            and before // self.every_n_tokens < self._tokens_before // self.every_n_tokens
+        )
+        if (by_steps or by_tokens) and not trainer.should_stop:
             self.evaluate_now(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -152,10 +206,18 @@ class LMEvaluation(pl.Callback):
         if self._tasks is None:
             return None
         try:
-            return self._evaluate(trainer, pl_module, self._tasks, transition)
+            record = self._evaluate(trainer, pl_module, transition)
+        except Stopped:
+            rank_zero_warn(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
+            return None
         except Exception as error:
             _warn(trainer, "evaluation", error)
             return None
+        if record is not None:
+            for callback in trainer.callbacks:
+                if isinstance(callback, HearsOfEvaluations):
+                    callback.on_evaluation(trainer, pl_module, self.latest_metrics, transition)
+        return record
 
     def state_dict(self) -> dict[str, Any]:
         """The newest record, so that a resumed run can show it and does not repeat it."""
@@ -166,45 +228,69 @@ class LMEvaluation(pl.Callback):
         self.latest = state_dict["latest"]
 
     def _evaluate(
-        self,
-        trainer: pl.Trainer,
-        pl_module: LanguageModel,
-        tasks: dict[str, dict[str, Any]],
-        transition: Mapping[str, Any] | None,
+        self, trainer: pl.Trainer, pl_module: LanguageModel, transition: Mapping[str, Any] | None
     ) -> dict[str, Any] | None:
-        from callbacks.harness import evaluate_tasks
-
         assert pl_module.network is not None
-        start = time.perf_counter()
-        found = evaluate_tasks(
+        began = time.perf_counter()
+        stopper = next((one for one in trainer.callbacks if isinstance(one, StopOnSignal)), None)
+        outcome = self._ready_harness(trainer).evaluate(
             pl_module.network,
-            trainer.datamodule.tokenizer,
-            tasks,
-            limit=self.limit,
-            max_batch_tokens=self.max_batch_tokens,
+            world_of(trainer),
+            precision=trainer.precision_plugin.forward_context,
+            is_told=lambda: stopper is not None and stopper.received is not None,
             on_failure=lambda task, error: _warn(trainer, f"evaluation of {task}", error),
         )
-        if not found["results"]:
+        if not outcome.results:
             return None
-        headline = found.pop("headline")
-        record = {
-            "step": trainer.global_step,
-            "tokens": tokens_seen(trainer),
-            "suite": self.suite.name if self.suite else "",
-            "limit": self.limit,
-            **found,
-            "seconds": round(time.perf_counter() - start, 3),
-        }
+        precision = str(trainer.precision)
+        when = {"step": trainer.global_step, "tokens": tokens_seen(trainer), "precision": precision}
+        record = {**when, **outcome.record()}
         path = Path(trainer.default_root_dir) / "eval" / f"step-{trainer.global_step:08d}.json"
         if transition is not None:
             record |= _beside_transition(path, transition)
-        if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False).encode())
         self.latest = record
-        self.latest_metrics = {f"eval/{task}": value for task, value in headline.items() if value is not None}
-        log_metrics(trainer, self.latest_metrics)
+        self.latest_metrics = {f"eval/{task}": value for task, value in outcome.headline.items() if value is not None}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest_metrics.items()})
+        try:  # whatever goes wrong here goes wrong on the first process alone
+            log_metrics(trainer, {**self.latest_metrics, "perf/eval_s": time.perf_counter() - began})
+            if trainer.is_global_zero:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False).encode())
+                _log_table(trainer, outcome.examples)
+        except Exception as error:
+            _warn(trainer, "writing the evaluation", error)
         return record
+
+    def _ready_harness(self, trainer: pl.Trainer) -> "Harness":
+        """Made once: what tasks ask is tokenized in the first evaluation."""
+        if self._harness is None:
+            from callbacks.evaluation.harness import Harness
+            from callbacks.evaluation.model import TextSide
+
+            assert self._tasks is not None
+            self._harness = Harness(
+                self._tasks,
+                TextSide(trainer.datamodule.tokenizer),
+                limit=self.limit,
+                max_batch_tokens=self.max_batch_tokens,
+                num_examples=self.examples,
+            )
+        return self._harness
+
+
+@runtime_checkable
+class HearsOfEvaluations(Protocol):
+    """A callback that acts on what an evaluation found."""
+
+    def on_evaluation(
+        self,
+        trainer: pl.Trainer,
+        pl_module: LanguageModel,
+        metrics: Mapping[str, float],
+        transition: Mapping[str, Any] | None,
+    ) -> None:
+        """Called behind each evaluation, on all processes."""
+        ...
 
 
 def _is_installed() -> bool:
@@ -230,10 +316,16 @@ def _beside_transition(path: Path, transition: Mapping[str, Any]) -> dict[str, A
     return fields
 
 
+def _log_table(trainer: pl.Trainer, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Examples for loggers that have tables, as that of W&B has."""
+    rows = [[trainer.global_step, *(example[name] for name in COLUMNS)] for example in examples]
+    for logger in trainer.loggers:
+        log_table = getattr(logger, "log_table", None)
+        if log_table is not None and rows:
+            log_table("eval/examples", columns=["step", *COLUMNS], data=rows, step=trainer.global_step)
+
+
 def _warn(trainer: pl.Trainer, what: str, error: Exception) -> None:
-    """Tell, and go on; but of several processes, which answer together, one cannot go on alone."""
-    if trainer.world_size > 1:
-        raise error
     rank_zero_warn(
         f"{what} at step {trainer.global_step} failed, and training goes on ({type(error).__name__}: {error})"
     )

@@ -98,6 +98,7 @@ def generate(
     top_p: float | None = None,
     generator: Randomness | None = None,
     stop: Stop | None = None,
+    before_step: Callable[[], object] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue every prompt, one token per step; arguments are checked at once, before the first step is asked for.
 
@@ -109,6 +110,7 @@ def generate(
         temperature: as in `sample`, like `top_k` and `top_p`.
         generator: one for all prompts, or one for each: a prompt then draws the same alone and in any batch.
         stop: may end a continuation earlier; the token after which it says so still belongs to the continuation.
+        before_step: called in front of each forward pass, where others run the network in step.
 
     Returns:
         An iterator over steps. A step holds the new token of each prompt in the prompts' order, None for those that
@@ -124,7 +126,7 @@ def generate(
         raise InputError(f"{len(generator)} generators for {len(prompts)} prompts; give one for each, or one for all")
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
     ends = frozenset(end_ids)
-    return _decode(network, prompts, max_new_tokens, ends, draw, generator, stop) if prompts else iter(())
+    return _decode(network, prompts, max_new_tokens, ends, draw, generator, stop, before_step) if prompts else iter(())
 
 
 def complete(
@@ -138,6 +140,7 @@ def complete(
     top_p: float | None = None,
     generator: Randomness | None = None,
     stop: Stop | None = None,
+    before_step: Callable[[], object] | None = None,
 ) -> list[list[int]]:
     """The whole continuation of every prompt, without prompt and end token; arguments as in `generate`."""
     continuations: list[list[int]] = [[] for _ in prompts]
@@ -151,6 +154,7 @@ def complete(
         top_p=top_p,
         generator=generator,
         stop=stop,
+        before_step=before_step,
     )
     for step in steps:
         for continuation, token in zip(continuations, step, strict=True):
@@ -201,6 +205,7 @@ def _decode(
     draw: Callable[..., Tensor],
     generator: Randomness | None,
     stop: Stop | None,
+    before_step: Callable[[], object] | None,
 ) -> Iterator[list[int | None]]:
     weight = next(network.parameters())
     longest = max(map(len, prompts))
@@ -210,6 +215,8 @@ def _decode(
     running = list(range(len(prompts)))  # which prompt each row of the cache continues
     written: list[list[int]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
+        if before_step is not None:
+            before_step()
         hidden_BLD, _ = network(torch.tensor(next_BL, device=weight.device), cache=cache)
         own = [generator[row] for row in running] if isinstance(generator, Sequence) else generator
         drawn = draw(network.logits(hidden_BLD[:, -1]), generator=own).tolist()

@@ -18,7 +18,6 @@ from modules.functional.flops import count_parameters
 from modules.functional.routing import RoutingStats
 from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
-from modules.metrics import BitsPerByte
 from modules.optim import (
     OptimizerConfig,
     ParameterFactors,
@@ -29,6 +28,7 @@ from modules.optim import (
     factor_record,
 )
 from modules.routing_balance import RoutingBalance
+from modules.validation import Validation
 from modules.weights import Weights
 from modules.world import ONE_PROCESS, World, fill, world_of
 
@@ -72,7 +72,7 @@ class LanguageModel(pl.LightningModule):
         self.origin: dict[str, Any] | None = None
         self.network: Transformer | None = None
         self._start_weights: Weights | None = None
-        self.bits_per_byte: list[BitsPerByte] = []
+        self.validation = Validation([])
         self._balance = RoutingBalance()
 
     @staticmethod
@@ -257,33 +257,20 @@ class LanguageModel(pl.LightningModule):
     # -- validation ----------------------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """One meter per language."""
-        languages = self.trainer.datamodule.languages
-        self.bits_per_byte = [BitsPerByte().to(self.device) for _ in languages]
-        self._validation_nats = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._validation_tokens = torch.zeros_like(self._validation_nats)
+        """Meters for each language."""
+        self.validation = Validation(self.trainer.datamodule.languages, self.device)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch of one language (one loader each)."""
-        total, losses_BL, _ = self.token_losses(batch)
-        self.bits_per_byte[dataloader_idx].update(total, batch["target_bytes"].sum())
-        self._validation_nats += total.double()
-        self._validation_tokens += losses_BL.numel()
+        total, losses_BL, stats = self.token_losses(batch)
+        self.validation.add(dataloader_idx, total, losses_BL.numel(), batch["target_bytes"].sum(), stats)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the loss per token over all languages, and bits per byte of each."""
-        languages = self.trainer.datamodule.languages
-        measured = torch.stack((self._validation_nats, self._validation_tokens))
-        nats, tokens = self.world.sum_over_data(measured).tolist()
-        metrics = {
-            f"val/bpb_{language}": meter.compute().item()
-            for language, meter in zip(languages, self.bits_per_byte, strict=True)
-        }
-        metrics["val/loss"] = nats / max(1, tokens)
+        """Log the losses of each language, and of all tokens together."""
+        metrics = self.validation.metrics()
         self.log_dict(metrics, logger=False)
         if not self.trainer.sanity_checking:
             log_metrics(self.trainer, metrics)
-        self.bits_per_byte = []
 
     @property
     def _memory_device(self) -> torch.device:

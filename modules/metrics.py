@@ -1,4 +1,4 @@
-"""Figures of merit as torchmetrics: they add up over batches and, later, over ranks."""
+"""Figures of merit as torchmetrics: they add up over batches and over ranks."""
 
 import math
 
@@ -7,23 +7,27 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class BitsPerByte(Metric):
-    """Cross-entropy in bits over the UTF-8 bytes that the targets spell: comparable across tokenizers."""
+class TextLoss(Metric):
+    """Cross-entropy of text: per token, as perplexity, and in bits over the UTF-8 bytes that the targets spell, which
+    is comparable across tokenizers."""
 
     full_state_update = False
     nats: Tensor
+    num_tokens: Tensor
     num_bytes: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("nats", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_bytes", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("nats", "num_tokens", "num_bytes"):
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, num_bytes: Tensor) -> None:
-        """Add a sum of token losses in nats and the number of bytes that those tokens spell."""
+    def update(self, nats: Tensor, num_tokens: int, num_bytes: Tensor) -> None:
+        """Add a sum of token losses in nats, and the numbers of tokens and of bytes that these spell."""
         self.nats += nats.double()
+        self.num_tokens += num_tokens
         self.num_bytes += num_bytes.double()
 
-    def compute(self) -> Tensor:
-        """Bits per byte of all that was added."""
-        return self.nats / self.num_bytes / math.log(2)
+    def compute(self) -> dict[str, Tensor]:
+        """`loss` in nats per token, `perplexity`, and `bpb`, bits per byte."""
+        loss = self.nats / self.num_tokens
+        return {"loss": loss, "perplexity": loss.exp(), "bpb": self.nats / self.num_bytes / math.log(2)}

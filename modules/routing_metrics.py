@@ -3,7 +3,8 @@
 Letters: N routed layers, E experts, K experts per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -26,6 +27,38 @@ def load_figures(tokens_per_expert_NE: Tensor) -> dict[str, Tensor]:
         "max_over_ideal": load_NE.amax(dim=1),
         "dead_fraction": (tokens_per_expert_NE == 0).double().mean(dim=1),
     }
+
+
+def language_distance(counts: Sequence[Tensor]) -> float:
+    """How differently languages use experts: the total variation distance of their shares, 0 where they use all alike,
+    1 where they share none; a mean over layers and pairs of languages.
+
+    Args:
+        counts: choices of each expert [N, E], for each language.
+    """
+    shares = [counts_NE.double() / counts_NE.sum(dim=1, keepdim=True) for counts_NE in counts]
+    distances = [(one - other).abs().sum(dim=1).mean() / 2 for one, other in combinations(shares, 2)]
+    return torch.stack(distances).mean().item()
+
+
+class ExpertChoices(Metric):
+    """How often each expert of each layer was chosen."""
+
+    full_state_update = False
+    tokens_per_expert_NE: Tensor
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__()
+        counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+        self.add_state("tokens_per_expert_NE", default=counts, dist_reduce_fx="sum")
+
+    def update(self, tokens_per_expert_NE: Tensor) -> None:
+        """Add one batch's choices."""
+        self.tokens_per_expert_NE += tokens_per_expert_NE
+
+    def compute(self) -> Tensor:
+        """Choices [N, E] of all that was added, by one process or many."""
+        return self.tokens_per_expert_NE
 
 
 class RoutingLoad(Metric):

@@ -35,6 +35,10 @@ class World(Protocol):
         """What part this process has of something that processes with different samples count; all ranks together."""
         ...
 
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that all ranks give; all ranks together."""
+        ...
+
     def place(self, network: Any, device: torch.device) -> None:
         """Give memory on `device` to a network on the meta device: to the part of it that this process holds."""
         ...
@@ -81,6 +85,10 @@ class OneProcess:
     def share(self, amount: int, like: Tensor) -> float:
         """All of it."""
         return 1.0
+
+    def largest(self, number: int) -> int:
+        """The number."""
+        return number
 
     def place(self, network: nn.Module, device: torch.device) -> None:
         """Memory for all of it."""

@@ -1,10 +1,14 @@
 """`growmoe evaluate CHECKPOINT`: lm-eval tasks on a checkpoint's model."""
 
 import json
+import resource
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from app.device import choose_device
 from app.outputs import check_new_output
@@ -13,7 +17,9 @@ from modules.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from callbacks.eval_tasks import Suite
+    from app.loading import LoadedModel
+    from callbacks.evaluation.model import TextSide
+    from callbacks.evaluation.suites import Suite
 
 
 def evaluate(
@@ -21,55 +27,82 @@ def evaluate(
     tasks: str | list[str] = "synthetic",
     limit: int | float | None = None,
     output: Path | None = None,
+    compare: Path | None = None,
+    data_mirror: Path | None = None,
+    missing: Literal["error", "skip"] = "error",
     max_batch_tokens: int = 8192,
     device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
 ) -> None:
     """Evaluate lm-eval tasks on a checkpoint's model, and print a table of the results.
 
     Args:
         checkpoint: the directory of a checkpoint, such as RUN/checkpoints/step-00000300, or of a Hugging Face model.
-        tasks: a suite of configs/eval, or names of lm-eval tasks with commas between them, such as arc_easy,hellaswag.
-        limit: documents per task at most; below 1, a share of them.
+        tasks: suites of configs/eval (core_en, mmlu, gsm8k, gsm8k_cot, zh, paper, synthetic) and names of lm-eval
+            tasks, with commas between them, such as core_en,cmmlu.
+        limit: documents per task at most, the first ones; below 1, a share of them.
         output: also write the results to this JSON file, which must not exist yet.
+        compare: results of another model, as --output writes them or as they lie in RUN/eval; also print the
+            differences with their standard errors.
+        data_mirror: a folder that holds data sets of the hub as <org>/<name>; nothing is then asked of the hub.
+        missing: what to do about tasks whose data are not at hand; error names them, skip goes on with the others.
         max_batch_tokens: tokens of one forward pass, padding included; less needs less memory.
         device: where the model runs, such as cpu or cuda; auto takes a GPU if there is one.
+        dtype: the type of numbers the model computes in.
     """
+    import torch
+
     from app.loading import load_model
-    from callbacks.eval_tasks import choose_suite, load_tasks
+    from callbacks.evaluation.comparison import read_record
+    from callbacks.evaluation.suites import choose_suite
+    from callbacks.evaluation.tasks import Source, load_tasks
 
     if output is not None:
         check_new_output(output)
+    other = None if compare is None else read_record(compare)
     suite = choose_suite(tasks)
     target = choose_device(device)
-    model = load_model(checkpoint)
-    if model.tokenizer is None:
-        raise InputError(f"{checkpoint} has no tokenizer, and tasks are text; import it again with --tokenizer FILE")
-    evaluate_tasks = _import_harness()
+    harness_type = _import_harness()
+    model = load_model(checkpoint, getattr(torch, dtype))
+    text = _text_side(model, checkpoint)
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="growmoe-tasks-") as folder:
-        include_path = _write_embedded_tasks(suite, model.metadata, Path(folder)) if suite.embedded else None
-        found = evaluate_tasks(
-            model.network.to(target),
-            model.tokenizer,
-            load_tasks(suite, include_path),
-            limit=limit,
-            max_batch_tokens=max_batch_tokens,
-            begin_id=model.begin_ids[0] if model.begin_ids else None,
-            end_ids=model.end_ids or None,
-        )
-    found.pop("headline")
+        own = _write_embedded_tasks(suite, model.metadata, Path(folder)) if suite.embedded else None
+        loaded = load_tasks(suite, Source(own, None if data_mirror is None else data_mirror.absolute(), missing))
+        if loaded.missing:
+            sys.stderr.write(
+                f"growmoe evaluate: goes without {', '.join(loaded.missing)}: their data are not at hand\n"
+            )
+        harness = harness_type(loaded, text, limit=limit, max_batch_tokens=max_batch_tokens)
+        network = model.network.to(target)
+        with _progress() as on_progress:
+            outcome = harness.evaluate(network, on_progress=on_progress)
     facts = {key: model.metadata.get(key) for key in ("step", "tokens")}
-    record = {"checkpoint": str(checkpoint), **facts, "suite": suite.name, "limit": limit, **found}
-    _show(_table(record))
+    record = {"checkpoint": str(checkpoint), **facts, "precision": dtype, **outcome.record()}
+    _show(_table(record, _cost(time.perf_counter() - began, target)))
+    if other is not None:
+        _show(_differences(record, other, str(compare)))
     if output is not None:
         _write(output, record)
 
 
 def _import_harness() -> Any:
     try:
-        from callbacks.harness import evaluate_tasks
+        from callbacks.evaluation.harness import Harness
     except ImportError as error:
         raise InputError(f"lm-eval cannot be imported ({error}); install it with: pip install lm-eval") from error
-    return evaluate_tasks
+    return Harness
+
+
+def _text_side(model: "LoadedModel", checkpoint: Path) -> "TextSide":
+    """Its tokenizer, and what the model expects in front of a text."""
+    from callbacks.evaluation.model import TextSide
+
+    if model.tokenizer is None:
+        raise InputError(f"{checkpoint} has no tokenizer, and tasks are text; import it again with --tokenizer FILE")
+    origin = model.metadata.get("origin") or {}
+    prefix = origin.get("token_ids", {}).get("bos_token_id")
+    return TextSide(model.tokenizer, model.begin_ids, prefix, model.end_ids or None)
 
 
 def _write_embedded_tasks(suite: "Suite", metadata: dict[str, Any], folder: Path) -> Path:
@@ -86,19 +119,49 @@ def _write_embedded_tasks(suite: "Suite", metadata: dict[str, Any], folder: Path
     return folder
 
 
-def _table(record: dict[str, Any]) -> "Table":
-    """Task, metric, value, standard error, chance level and documents, one line per metric."""
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar for each task on a terminal; what it is told is a task's name and how much of it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        known: dict[str, Any] = {}
+
+        def advance(name: str, part: float) -> None:
+            if name not in known:
+                known[name] = bars.add_task(name, total=1.0)
+            bars.update(known[name], completed=part)
+
+        yield advance
+
+
+def _cost(seconds: float, device: Any) -> str:
+    """Time and the most memory that was in use."""
+    import torch
+
+    most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    most = most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{seconds:.0f} s, at most {most / 2**30:.1f} GiB of {'GPU ' if device.type == 'cuda' else ''}memory"
+
+
+def _table(record: dict[str, Any], cost: str) -> "Table":
+    """Task, metric, value, standard error, chance level, documents and shots, one line per metric."""
     from rich.table import Table
 
-    from callbacks.eval_results import ACCURACIES
+    from callbacks.evaluation.results import ACCURACIES
 
     limit = "" if record["limit"] is None else f", limit {record['limit']}"
-    table = Table(title=f"{record['checkpoint']}: {record['suite']}{limit}")
-    table.add_column("task")
-    table.add_column("metric")
-    for name in ("value", "± stderr", "chance", "documents"):
+    table = Table(title=f"{record['checkpoint']}: {record['suite']}{limit}", caption=cost)
+    for name in ("task", "metric"):
+        table.add_column(name)
+    for name in ("value", "± stderr", "chance", "documents", "shots"):
         table.add_column(name, justify="right")
     for task, metrics in record["results"].items():
+        if task in _members(record):
+            continue
         chance = metrics.get("chance")
         for key, value in metrics.items():
             name, comma, filter_name = key.partition(",")
@@ -106,9 +169,43 @@ def _table(record: dict[str, Any]) -> "Table":
                 continue
             stderr = metrics.get(f"{name}_stderr{comma}{filter_name}")
             shown_chance = chance if name in ACCURACIES else None
-            cells = [_number(value), _number(stderr), _number(shown_chance), str(record["num_samples"][task])]
-            table.add_row(task, key, *cells)
+            counts = [str(record["num_samples"][task]), str(record["num_fewshot"].get(task, ""))]
+            table.add_row(task, key, _number(value), _number(stderr), _number(shown_chance), *counts)
     return table
+
+
+def _differences(record: dict[str, Any], other: dict[str, Any], name: str) -> "Table":
+    """Both values, their difference and its standard error, one line per metric."""
+    from rich.table import Table
+
+    from callbacks.evaluation.comparison import compare, other_questions
+
+    changed = other_questions(record, other)
+    notes = ["paired: over the same questions"]
+    if changed:
+        notes.append(f"other questions (data, shots, limit or version) in {', '.join(changed[:5])}")
+    table = Table(title=f"against {name}", caption="; ".join(notes))
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("value", "other", "difference", "± stderr", "paired"):
+        table.add_column(column, justify="right")
+    for one in compare(record, other):
+        if one.task not in _members(record):
+            sign = f"{one.difference:+.4f}"
+            cells = [
+                _number(one.value),
+                _number(one.other),
+                sign,
+                _number(one.stderr),
+                "yes" if one.is_paired else "no",
+            ]
+            table.add_row(one.task, one.metric, *cells)
+    return table
+
+
+def _members(record: dict[str, Any]) -> set[str]:
+    """Tasks that a group stands for; the file has them."""
+    return {task for tasks in record["groups"].values() for task in tasks}
 
 
 def _number(value: float | None) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import yaml
+from callbacks.eval_results import ACCURACIES
 
 from app.checkpoint_folder import list_checkpoints
 from app.metrics_table import FILE_NAME, read_table
-from callbacks.eval_results import ACCURACIES
 from modules.config import MANIFEST
 from modules.errors import InputError
 from modules.jsonl import read_jsonl
@@ -60,6 +60,8 @@ class RunData:
     evaluations: list[Record]
     """contents of eval/step-*.json, by step; at a transition, those of the old network come first"""
     expert_load: list[Record]
+    language_load: list[Record]
+    """how each language uses the experts, by validation"""
     config_text: str | None
     manifest: Record | None
     """of the newest checkpoint"""
@@ -176,17 +178,21 @@ def load_run(run_dir: Path) -> RunData:
         columns=columns,
         transitions=_by_step(read_jsonl(run_dir / "transitions.jsonl")),
         evaluations=_by_step(_read_evaluations(run_dir / "eval")),
-        expert_load=list({r["step"]: r for r in _by_step(read_jsonl(run_dir / "expert_load.jsonl"))}.values()),
+        expert_load=_last_of_each_step(run_dir / "expert_load.jsonl"),
+        language_load=_last_of_each_step(run_dir / "language_load.jsonl"),
         config_text=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         manifest=_newest_manifest(run_dir / "checkpoints"),
     )
 
 
 def scores(evaluation: Record) -> list[Score]:
-    """The accuracy of each task of one evaluation, with its chance level if that is known."""
-    documents, shots = (_object(evaluation.get(key)) for key in ("num_samples", "num_fewshot"))
+    """The accuracy of each task or group of one evaluation, with its chance level if that is known."""
+    documents, shots, groups = (_object(evaluation.get(key)) for key in ("num_samples", "num_fewshot", "groups"))
+    members = {task for tasks in groups.values() for task in tasks}
     found = []
     for task, result in evaluation["results"].items():
+        if task in members:
+            continue
         known = {key: float(value) for key, value in result.items() if _is_number(value)}
         metric = next((key for name in ACCURACIES for key in known if key.partition(",")[0] == name), None)
         if metric is not None:
@@ -226,6 +232,10 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _by_step(records: Iterable[Record]) -> list[Record]:
     return sorted((r for r in records if _is_number(r.get("step"))), key=lambda record: record["step"])
+
+
+def _last_of_each_step(path: Path) -> list[Record]:
+    return list({record["step"]: record for record in _by_step(read_jsonl(path))}.values())
 
 
 def _is_number(value: Any) -> bool:

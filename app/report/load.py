@@ -4,7 +4,7 @@ Letters: N routed layers, E experts, S logged steps, W columns of a map over tim
 even, 0 no token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,10 +134,8 @@ class LoadLog:
                 break
             last.append(s)
         layers = tuple(sorted(shape, key=_layer_order))
-        ratios_NE = np.full((len(layers), max(shape.values())), np.nan)
-        for row, layer in zip(ratios_NE, layers, strict=True):
-            row[: shape[layer]] = np.mean([self.loads_S[s][layer] for s in last], axis=0)
-        return FinalLoad(layers, ratios_NE, self.steps_S[last[-1]], last_step, len(last))
+        means = {layer: np.mean([self.loads_S[s][layer] for s in last], axis=0) for layer in layers}
+        return FinalLoad(layers, _stacked(means, layers), self.steps_S[last[-1]], last_step, len(last))
 
     def over_time(self, layer: str) -> LoadOverTime:
         """One layer's load, from the first to the last logged step that has it."""
@@ -165,6 +163,20 @@ def read_load(data: RunData) -> LoadLog:
     return LoadLog(steps, x, [found for _, found in records], [int(t["step"]) for t in data.transitions])
 
 
+def read_languages(data: RunData) -> dict[str, FinalLoad]:
+    """The load of every expert in the last validation, by language; empty for a dense model."""
+    found: dict[str, FinalLoad] = {}
+    record = data.language_load[-1] if data.language_load else {}
+    languages = record.get("languages")
+    for language, by_layer in languages.items() if isinstance(languages, Mapping) else ():
+        loads = _loads({"layers": by_layer})
+        if loads:
+            shape, step = _shape(loads), int(record["step"])
+            layers = tuple(sorted(shape, key=_layer_order))
+            found[str(language)] = FinalLoad(layers, _stacked(loads, layers), step, step, 1)
+    return found
+
+
 def named(experts: list[int]) -> str:
     """Experts by number; many are cut short."""
     more = f" and {len(experts) - NAMED} more" if len(experts) > NAMED else ""
@@ -184,6 +196,14 @@ def _are_shares(value: Any) -> bool:
 
 def _shape(found: Mapping[str, np.ndarray]) -> dict[str, int]:
     return {layer: len(ratios) for layer, ratios in found.items()}
+
+
+def _stacked(loads: Mapping[str, np.ndarray], layers: Sequence[str]) -> np.ndarray:
+    """Layers as rows [N, E], NaN where one has fewer experts."""
+    ratios_NE = np.full((len(layers), max(map(len, loads.values()))), np.nan)
+    for row, layer in zip(ratios_NE, layers, strict=True):
+        row[: len(loads[layer])] = loads[layer]
+    return ratios_NE
 
 
 def _layer_order(name: str) -> tuple[bool, int, str]:

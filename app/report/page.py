@@ -3,10 +3,10 @@
 from html import escape
 from typing import TYPE_CHECKING
 
-from app.report import heatmaps, plots, tables
+from app.report import heatmaps, plots, tables, words
 from app.report.data import RunData
 from app.report.drawing import drawing_style, to_svg
-from app.report.load import read_load
+from app.report.load import read_languages, read_load
 from app.report.theme import STYLE
 
 if TYPE_CHECKING:
@@ -91,6 +91,10 @@ def _experts(data: RunData) -> str:
         return _plots(figures)
     note = f"{final.summary()} Colour: load / even share; black cross: no token"
     figures.append(_figure(heatmaps.final_map(final), "load", "Load of every expert at the end", note))
+    for language, load in read_languages(data).items():
+        about = f"{load.summary()} Validation text in {words.language(language)}."
+        picture = heatmaps.final_map(load)
+        figures.append(_figure(picture, f"load-{language}", f"Experts on {words.language(language)} text", about))
     shown = log.layers if len(log.layers) <= MAX_MAPS else final.telling_layers(MAX_MAPS)
     for number, layer in enumerate(shown):
         about = "; ".join(filter(None, ["load / even share over the run", final.layer_summary(layer)]))

@@ -58,6 +58,13 @@ class MeshWorld:
         dist.all_reduce(summed, group=self._data_group)
         return summed
 
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that all processes give."""
+        assert self._root is not None, "the processes have not met: setup_environment comes first"
+        heard = torch.tensor(number, device=self._root.device_type)
+        dist.all_reduce(heard, dist.ReduceOp.MAX)
+        return int(heard)
+
     def place(self, network: Transformer, device: torch.device) -> None:
         """Share a network on the meta device out, and give memory to the part of it that this process holds."""
         parallelize(network, self._meshes_of(self.layout_of(network.config)), self.wrapping)

@@ -115,11 +115,16 @@ class KVCache:
         self.store[layer, 1, :, :, self.length : end] = values
         return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
-    def select(self, rows: Tensor) -> "KVCache":
-        """The same cache with only these rows of the batch."""
+    def select(self, rows: Tensor, max_len: int | None = None) -> "KVCache":
+        """A copy with these rows of the batch, of which one may come several times, and with room for more tokens."""
         chosen = copy(self)
-        chosen.store = None if self.store is None else self.store[:, :, rows]
+        chosen.max_len = max_len or self.max_len
         chosen.start_B = self.start_B[rows]
+        if self.store is not None:
+            shape = list(self.store.shape)
+            shape[2], shape[4] = len(rows), chosen.max_len
+            chosen.store = self.store.new_zeros(shape)
+            chosen.store[..., : self.length, :] = self.store[:, :, rows, :, : self.length]
         return chosen
 
 

@@ -27,11 +27,12 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.metrics import mean_stderr  # noqa: E402
 from lm_eval.api.model import TemplateLM  # noqa: E402
 
-from callbacks import eval_tasks  # noqa: E402
-from callbacks.eval_results import clean_metrics, headline  # noqa: E402
-from callbacks.eval_tasks import Suite, choose_suite, load_suite, load_tasks, suite_names  # noqa: E402
-from callbacks.harness import evaluate_tasks  # noqa: E402
-from callbacks.harness_lm import HarnessLM  # noqa: E402
+from callbacks.evaluation import suites  # noqa: E402
+from callbacks.evaluation.harness import Harness  # noqa: E402
+from callbacks.evaluation.model import HarnessLM, TextSide  # noqa: E402
+from callbacks.evaluation.results import clean_metrics, headline  # noqa: E402
+from callbacks.evaluation.suites import Suite, choose_suite, load_suite, suite_names  # noqa: E402
+from callbacks.evaluation.tasks import LoadedTasks, Source, load_tasks, preserved_random_state  # noqa: E402
 
 IMPORTS_TRANSFORMERS = "transformers" in sys.modules and not HAD_TRANSFORMERS
 
@@ -46,7 +47,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> HarnessLM:
-    return HarnessLM(make_network(tokenizer, request.param), tokenizer, max_batch_tokens=100)
+    return HarnessLM(make_network(tokenizer, request.param), TextSide(tokenizer), max_batch_tokens=100)
 
 
 def make_network(tokenizer: Tokenizer, kind: str = "dense", max_seq_len: int = MAX_LEN) -> Transformer:
@@ -125,7 +126,7 @@ def test_pairs_are_split_as_lm_eval_splits_them(model: HarnessLM, tokenizer: Tok
 
 def test_requests_with_the_same_input_share_one_row(tokenizer: Tokenizer) -> None:
     network = make_network(tokenizer)
-    model = HarnessLM(network, tokenizer)
+    model = HarnessLM(network, TextSide(tokenizer))
     shapes: list[tuple[int, ...]] = []
     network.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     question = "Who lives in the red house?"
@@ -157,7 +158,7 @@ def test_rows_are_batched_under_the_budget_longest_first(model: HarnessLM) -> No
 @pytest.mark.parametrize("max_batch_tokens", [1, 10_000])
 def test_padding_does_not_matter(model: HarnessLM, tokenizer: Tokenizer, max_batch_tokens: int) -> None:
     requests = ask("loglikelihood", *PAIRS)
-    other = HarnessLM(model.network, tokenizer, max_batch_tokens=max_batch_tokens)
+    other = HarnessLM(model.network, TextSide(tokenizer), max_batch_tokens=max_batch_tokens)
     for first, second in zip(model.loglikelihood(requests), other.loglikelihood(requests), strict=True):
         assert first[0] == pytest.approx(second[0], abs=1e-10) and first[1] == second[1]
 
@@ -166,7 +167,7 @@ def test_logits_in_small_chunks_change_nothing(
     model: HarnessLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = model.loglikelihood(ask("loglikelihood", *PAIRS))
-    monkeypatch.setattr("callbacks.harness_lm.LOGIT_ELEMENTS", 3 * tokenizer.vocab_size)
+    monkeypatch.setattr("callbacks.evaluation.model.LOGIT_ELEMENTS", 3 * tokenizer.vocab_size)
     chunked = model.loglikelihood(ask("loglikelihood", *PAIRS))
     assert [x for x, _ in chunked] == pytest.approx([x for x, _ in whole], abs=1e-10)
     assert [x for _, x in chunked] == [x for _, x in whole]
@@ -310,6 +311,22 @@ def task_yaml(name: str, folder: Path, file: str) -> str:
     return f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {json.dumps(data)}\n"
 
 
+def evaluate_tasks(
+    network: Transformer,
+    tokenizer: Tokenizer,
+    tasks: Suite | list[str] | LoadedTasks,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    on_failure: Any = None,
+) -> dict[str, Any]:
+    """Load and evaluate; the record with the headline."""
+    if isinstance(tasks, list):
+        tasks = Suite("x", tuple(tasks))
+    loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, Source(include_path))
+    outcome = Harness(loaded, TextSide(tokenizer), limit=limit).evaluate(network, on_failure=on_failure)
+    return {**outcome.record(), "headline": outcome.headline}
+
+
 def random_states() -> tuple[Any, ...]:
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
@@ -351,7 +368,7 @@ def test_evaluations_are_identical_and_leave_no_trace(
 
 def test_loaded_tasks_give_the_same_results_each_time(tokenizer: Tokenizer, task_dir: Path) -> None:
     network = make_network(tokenizer, max_seq_len=256)
-    loaded = load_tasks(Suite("x", ("tiny_choose",)), task_dir)
+    loaded = load_tasks(Suite("x", ("tiny_choose",)), Source(task_dir))
     first = evaluate_tasks(network, tokenizer, loaded)
     assert first == evaluate_tasks(network, tokenizer, loaded)
     assert first == evaluate_tasks(network, tokenizer, ["tiny_choose"], include_path=task_dir)
@@ -368,7 +385,7 @@ def test_network_is_in_eval_mode_and_the_shots_are_always_the_same(
     monkeypatch.setattr(
         HarnessLM, "loglikelihood", lambda lm, asked: (prompts.append([x.args for x in asked]), real(lm, asked))[1]
     )
-    loaded = load_tasks(Suite("x", ("tiny_choose",)), task_dir)
+    loaded = load_tasks(Suite("x", ("tiny_choose",)), Source(task_dir))
     for _ in range(2):
         evaluate_tasks(network, tokenizer, loaded)
     assert modes == {(False, False)}
@@ -436,19 +453,19 @@ def test_a_failing_task_is_reported_and_the_others_go_on(tokenizer: Tokenizer, t
 def test_unknown_and_unreadable_tasks_are_input_errors(task_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_registry(monkeypatch)
     with pytest.raises(InputError, match=r"'tiny_chose' .* did you mean tiny_choose"):
-        load_tasks(Suite("x", ("tiny_chose",)), task_dir)
-    with pytest.raises(InputError, match=r"'tiny_lost' cannot be loaded .*nothing\.jsonl"):
-        load_tasks(Suite("x", ("tiny_lost",)), task_dir)
+        load_tasks(Suite("x", ("tiny_chose",)), Source(task_dir))
+    with pytest.raises(InputError, match=r"cannot be loaded from the hub: tiny_lost .*nothing\.jsonl"):
+        load_tasks(Suite("x", ("tiny_lost",)), Source(task_dir))
 
 
 def test_limit_must_be_positive(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="limit=0"):
-        evaluate_tasks(make_network(tokenizer), tokenizer, ["tiny_choose"], limit=0)
+        Harness(LoadedTasks(Suite("x", ("a",)), {}), TextSide(tokenizer), limit=0)
 
 
 def test_random_state_returns_after_an_error() -> None:
     states = random_states()
-    with pytest.raises(KeyError), eval_tasks.preserved_random_state():
+    with pytest.raises(KeyError), preserved_random_state():
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
@@ -479,6 +496,6 @@ def test_suites_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(InputError):
             make()
     (tmp_path / "bad.yaml").write_text("name: bad\ntask: [a]\n", encoding="utf-8")
-    monkeypatch.setattr(eval_tasks, "SUITE_FOLDER", tmp_path)
+    monkeypatch.setattr(suites, "SUITE_FOLDER", tmp_path)
     with pytest.raises(InputError, match=r"bad\.yaml is not an evaluation suite"):
         load_suite("bad")

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from app.checkpoint import write_checkpoint
 from app.commands.evaluate import evaluate as evaluate_command
-from callbacks import eval_tasks
-from callbacks.eval_tasks import Suite
+from callbacks.evaluation import suites
+from callbacks.evaluation.suites import Suite
+from callbacks.evaluation.tasks import LoadedTasks, Source
 from callbacks.lm_evaluation import LMEvaluation
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 from modules.config import ModelConfig
@@ -168,7 +169,8 @@ def test_results_reach_file_loggers_and_attribute(tokenizer: Tokenizer, task_dir
     assert record["step"] == 4 and record["suite"] == "tiny_choose" and record["limit"] == 8
     assert record["tokens"] == 40 * 8 and record["num_samples"] == {"tiny_choose": 8}
     assert record["results"]["tiny_choose"]["chance"] == 0.25 and record["versions"]["lm_eval"]
-    assert [(step, set(row)) for step, row in memory.rows] == [(3, {"eval/tiny_choose"}), (4, {"eval/tiny_choose"})]
+    logged = {"eval/tiny_choose", "perf/eval_s"}
+    assert [(step, set(row)) for step, row in memory.rows] == [(3, logged), (4, logged)]
     assert memory.rows[1][1]["eval/tiny_choose"] == record["results"]["tiny_choose"]["acc"]
 
 
@@ -203,7 +205,7 @@ def test_a_disk_that_refuses_warns_too(
     callback = LMEvaluation(tasks=["tiny_choose"])
     with pytest.warns(UserWarning, match="step 4 failed.*no space left"):
         fit(tokenizer, task_dir, tmp_path, callback)
-    assert callback.latest is None
+    assert callback.latest is not None and callback.latest["step"] == 4
 
 
 def test_wrong_tasks_are_reported_before_training(
@@ -226,7 +228,12 @@ def test_wrong_tasks_are_reported_before_training(
 def test_default_is_the_suite_of_the_data(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside other data than a world, and when nothing asks for it, there is no evaluation."""
     asked: list[tuple[str, Path | None]] = []
-    monkeypatch.setattr("callbacks.lm_evaluation.load_tasks", lambda suite, folder: asked.append((suite.name, folder)))
+
+    def load(suite: Suite, source: Source) -> LoadedTasks:
+        asked.append((suite.name, source.folder))
+        return LoadedTasks(suite, {})
+
+    monkeypatch.setattr("callbacks.lm_evaluation.load_tasks", load)
     LMEvaluation().prepare(Text(tokenizer, None))
     LMEvaluation(suite="synthetic", at_end=False, at_transitions=False).prepare(Text(tokenizer, None))
     assert asked == []
@@ -317,7 +324,7 @@ def test_state_survives_a_safe_load(tmp_path: Path) -> None:
 def checkpoint(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of a run on a world whose tasks are the tiny ones."""
     monkeypatch.setattr(
-        eval_tasks, "load_suite", lambda name: Suite("synthetic", ("tiny_choose",), description="x", embedded=True)
+        suites, "load_suite", lambda name: Suite("synthetic", ("tiny_choose",), description="x", embedded=True)
     )
     monkeypatch.setattr("datamodules.world.tasks.write_world_tasks", write_tasks)
     network = Model(tokenizer.vocab_size).network
@@ -367,6 +374,6 @@ def test_command_needs_a_world_for_its_tasks(checkpoint: Path) -> None:
 
 def test_command_says_when_lm_eval_is_absent(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "callbacks.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "callbacks.evaluation.harness", raising=False)
     with pytest.raises(InputError, match="pip install lm-eval"):
         evaluate_command(checkpoint, device="cpu")

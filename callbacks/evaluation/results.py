@@ -1,10 +1,81 @@
 """What lm-eval's numbers mean: plain names, the one figure of a task, and the accuracy that guessing would reach."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from callbacks.evaluation.tasks import LoadedTasks
 
 ACCURACIES = ("acc", "exact_match", "em", "acc_norm", "acc_bytes")
 """metrics that are shares of right answers, the one that speaks for its task first"""
+
+FIGURES = 6
+"""Significant digits of what is no accuracy: as many as float32 gives on any number of processes."""
+
+
+@dataclass
+class Outcome:
+    """What an evaluation found.
+
+    Attributes:
+        results: for every task and group its metrics (accuracies in 0..1) by name, with the standard error of
+            accuracies as `<metric>_stderr`, and `chance`, the accuracy of guessing, where it is known.
+        headline: the one figure of each task that was asked for.
+        num_samples, num_fewshot: documents and shots by task.
+        versions: of lm-eval, datasets and the tasks.
+        hashes: `tasks`: of all that was asked, by task; `tokenizer`; `mirror`, if data came from one.
+        groups: the tasks of each group.
+        right: by task and accuracy, a 1 or a 0 for each document in its order, where answers are right or wrong.
+        examples: questions with the answers that were given; for tables, no part of the record.
+        conditions: the suite, the limit of documents, the seed of the shots, and tasks that were left out.
+    """
+
+    results: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    headline: dict[str, float | None] = field(default_factory=dict)
+    num_samples: dict[str, int] = field(default_factory=dict)
+    num_fewshot: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    right: dict[str, dict[str, str]] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tasks: LoadedTasks, limit: int | float | None, tokenizer_hash: str, seed: int) -> "Outcome":
+        """An empty one, with what is evaluated and under which conditions."""
+        found = cls(conditions={"suite": tasks.suite.name, "limit": limit, "seed": seed})
+        if tasks.missing:
+            found.conditions["missing"] = sorted(tasks.missing)
+        found.hashes = {"tokenizer": tokenizer_hash, "tasks": {}}
+        if tasks.mirror_hash is not None:
+            found.hashes["mirror"] = tasks.mirror_hash
+        return found
+
+    def add(self, other: "Outcome") -> None:
+        """Take in what was found for another task."""
+        for name in ("results", "headline", "num_samples", "num_fewshot", "versions", "groups", "right"):
+            getattr(self, name).update(getattr(other, name))
+        self.hashes["tasks"].update(other.hashes["tasks"])
+        self.examples += other.examples
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON; the same on any number of processes."""
+        names = ("results", "num_samples", "num_fewshot", "versions", "hashes", "groups", "right")
+        return {**self.conditions, **{name: getattr(self, name) for name in names}}
+
+
+def right_answers(samples: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """By accuracy, with its filter as in `clean_metrics`, a 1 or a 0 for each document."""
+    found: dict[str, list[float]] = {}
+    for sample in samples:
+        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+        for name in ACCURACIES:
+            if isinstance(sample.get(name), (int, float)):
+                found.setdefault(name + suffix, []).append(float(sample[name]))
+    whole = {name: values for name, values in found.items() if set(values) <= {0.0, 1.0}}
+    return {name: "".join("1" if value else "0" for value in values) for name, values in whole.items()}
 
 
 def headline(metrics: dict[str, float | None]) -> float | None:
@@ -30,6 +101,8 @@ def clean_metrics(raw: dict[str, Any]) -> dict[str, float | None]:
             continue
         suffix = "" if filter_name == "none" else f",{filter_name}"
         number = float(value)
+        if name not in ACCURACIES:
+            number = float(f"{number:.{FIGURES}g}")
         metrics[name + suffix] = number if math.isfinite(number) else None
         if name in ACCURACIES and 0 <= number <= 1 and raw["sample_len"] > 1:
             metrics[f"{name}_stderr{suffix}"] = math.sqrt(number * (1 - number) / (raw["sample_len"] - 1))

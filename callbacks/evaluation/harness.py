@@ -1,0 +1,170 @@
+"""lm-eval tasks on a network: an evaluation that leaves network, random state and gradients as they were.
+
+Importing this file imports lm-eval (seconds): do it where an evaluation begins, not at a program's start.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from lm_eval import evaluator
+from torch import nn
+
+from callbacks.evaluation.company import Company, PeerFailed, Stopped
+from callbacks.evaluation.model import FEWSHOT_SEED, HarnessLM, Plans, TextSide
+from callbacks.evaluation.requests import built_requests, digest
+from callbacks.evaluation.results import Outcome, chance_levels, clean_metrics, headline, right_answers
+from callbacks.evaluation.samples import examples_of
+from callbacks.evaluation.tasks import LoadedTasks, preserved_random_state, quiet_harness, seed_everything
+from modules.errors import InputError
+from modules.layers.transformer import Transformer
+from modules.world import ONE_PROCESS, World
+
+Failure = Callable[[str, Exception], None]
+"""Told of a task that failed, and of its error."""
+
+
+class Harness:
+    """Evaluates loaded tasks, as often as asked; what they ask is tokenized and batched once.
+
+    Args:
+        tasks: from `load_tasks`.
+        text: the tokenizer that the network was trained with, and what it expects in front of a text.
+        limit: documents per task at most; below 1, a share of them.
+        max_batch_tokens: as in `HarnessLM`.
+        num_examples: questions of each task that are told with the network's answers.
+
+    Raises:
+        InputError: a limit that is not above 0.
+    """
+
+    def __init__(
+        self,
+        tasks: LoadedTasks,
+        text: TextSide,
+        *,
+        limit: int | float | None = None,
+        max_batch_tokens: int = 8192,
+        num_examples: int = 0,
+    ) -> None:
+        check_limit(limit)
+        self.tasks, self.text, self.limit = tasks, text, limit
+        self.max_batch_tokens, self.num_examples = max_batch_tokens, num_examples
+        self._plans = Plans()
+
+    def evaluate(
+        self,
+        network: Transformer,
+        world: World = ONE_PROCESS,
+        *,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        is_told: Callable[[], bool] = lambda: False,
+        on_failure: Failure | None = None,
+        on_progress: Callable[[str, float], None] = lambda name, part: None,
+    ) -> Outcome:
+        """Evaluate a network; all ranks of its world together, and each has the outcome.
+
+        Args:
+            network: evaluated in eval mode, on its device and in its type.
+            world: the processes that share it out.
+            precision: what forward passes run under, such as autocast.
+            is_told: whether this process was told to stop; all of them then give up.
+            on_failure: called on each process where a task fails on any of them, and the others go on; without it the
+                error is raised.
+            on_progress: told of a task's name and how much of it is done, from 0 to 1.
+
+        Raises:
+            Stopped: some process was told to stop.
+        """
+        outcome = Outcome.of(self.tasks, self.limit, self.text.tokenizer.sha256, FEWSHOT_SEED)
+        with preserved_random_state(), quiet_harness(), _eval_mode(network), torch.no_grad(), precision():
+            company = Company(network, world, is_told)
+            try:
+                for name, entry in self.tasks.by_name.items():
+                    told = partial(on_progress, name)
+                    model = HarnessLM(network, self.text, self.max_batch_tokens, company, self._plans, told)
+                    try:
+                        found = self._evaluate_one(model, name, entry)
+                        company.finish()  # nobody failed behind its last forward pass
+                        outcome.add(found)
+                    except Stopped:
+                        raise
+                    except PeerFailed as error:
+                        _report(on_failure, name, error)
+                    except Exception as error:
+                        if on_failure is not None:
+                            company.tell_failure()
+                        _report(on_failure, name, error)
+            finally:
+                world.settle(network)
+        outcome.versions.update({package: version(package) for package in ("lm_eval", "datasets")})
+        return outcome
+
+    def _evaluate_one(self, model: HarnessLM, name: str, entry: dict[str, Any]) -> Outcome:
+        """Evaluate what one name stands for: a task, a group or a tag."""
+        seed_everything()
+        with _all_requests(entry["tasks"], self.limit) as requests:
+            hashes = {task: digest(asked) for task, asked in requests.items()}
+            # no bootstrap: it would start a pool of processes
+            output = evaluator.evaluate(model, entry, limit=self.limit, bootstrap_iters=0, log_samples=True)
+            chances = chance_levels(entry)
+        assert output is not None, "lm-eval believes that there is one process"
+        results = {task: clean_metrics(raw) for task, raw in output["results"].items()}
+        results = {task: metrics for task, metrics in results.items() if metrics}  # groups without a mean of their own
+        for task, chance in chances.items():
+            if task in results and chance is not None:
+                results[task]["chance"] = chance
+        asked_for = [name] if name in results else [task for task in entry["tasks"] if task in results]
+        return Outcome(
+            results=results,
+            headline={task: headline(results[task]) for task in asked_for},
+            num_samples={task: output["results"][task]["sample_len"] for task in results},
+            num_fewshot=dict(output["n-shot"]),
+            versions=dict(output["versions"]),
+            hashes={"tasks": hashes},
+            groups={group: [task.task_name for task in found.get_all_tasks()] for group, found in _groups(entry)},
+            right={task: right_answers(samples) for task, samples in output["samples"].items()},
+            examples=examples_of(name, entry, output["samples"], self.num_examples),
+        )
+
+
+def check_limit(limit: int | float | None) -> None:
+    """Raise `InputError` for a limit that leaves nothing to evaluate."""
+    if limit is not None and not limit > 0:
+        raise InputError(f"limit={limit} must be above 0 documents; leave it out to evaluate all")
+
+
+def _report(on_failure: Failure | None, name: str, error: Exception) -> None:
+    if on_failure is None:
+        raise error
+    on_failure(name, error)
+
+
+def _groups(entry: dict[str, Any]) -> Any:
+    return entry.get("groups", {}).items()
+
+
+@contextmanager
+def _all_requests(tasks: dict[str, Any], limit: int | float | None) -> Iterator[dict[str, list[Any]]]:
+    """The requests of several tasks, all of them with the shots of the same seed."""
+    with ExitStack() as stack:
+        requests = {}
+        for name, task in tasks.items():
+            task.set_fewshot_seed(FEWSHOT_SEED)
+            requests[name] = stack.enter_context(built_requests(task, limit))
+        yield requests
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluate, then give every submodule back the mode that it had."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,371 @@
+"""A network as lm-eval sees a model: the adapter that answers its requests, on any number of processes.
+
+Importing this file imports lm-eval (seconds): do it where an evaluation begins, not at a program's start.
+`transformers` is not needed and not imported.
+
+Letters: B batch, L sequence, D model, N scored positions, Q asked tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+
+from callbacks.evaluation.batching import Batch, Family, Request, distinct_rows, plan_batches
+from callbacks.evaluation.company import Company
+from modules.errors import InputError
+from modules.generation import begin, complete
+from modules.layers.attention import KVCache
+from modules.layers.transformer import Transformer
+
+FEWSHOT_SEED = 1234
+"""lm-eval's own default: the shots are the same in every evaluation"""
+LOGIT_ELEMENTS = 2**24
+"""numbers in the logits that exist at one time (64 MiB in float32)"""
+ENCODE_CHUNK = 4096
+"""requests that are tokenized together"""
+
+Progress = Callable[[float], None]
+"""Told which part of a kind of requests is answered, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """What stands between texts and a network.
+
+    Attributes:
+        tokenizer: with `encode`, `encode_batch`, `decode`, `eos_id` and `sha256`.
+        begin_ids: what is put in front of every context; None: the end-of-text token, as in growmoe's training.
+        prefix_id: what stands for an empty context; None: the last of `begin_ids`, or the end-of-text token.
+        end_ids: each of them ends a generated text; None: the end-of-text token.
+    """
+
+    tokenizer: Any
+    begin_ids: Sequence[int] | None = None
+    prefix_id: int | None = None
+    end_ids: Sequence[int] | None = None
+
+    @property
+    def begins(self) -> list[int]:
+        """What is put in front of every context."""
+        return [self.tokenizer.eos_id] if self.begin_ids is None else list(self.begin_ids)
+
+    @property
+    def prefix(self) -> int:
+        """What stands for an empty context."""
+        if self.prefix_id is not None:
+            return self.prefix_id
+        return self.begins[-1] if self.begins else self.tokenizer.eos_id
+
+    @property
+    def ends(self) -> list[int]:
+        """What ends a generated text."""
+        return [self.tokenizer.eos_id] if self.end_ids is None else list(self.end_ids)
+
+
+@dataclass
+class Plans:
+    """Batches of requests that were asked before: tokenizing what a suite asks takes longer than answering it."""
+
+    known: dict[bytes, tuple[int, list[Batch]]] = field(default_factory=dict)
+
+    def get(
+        self, key: Sequence[Any], texts: Sequence[tuple[str, ...]], make: Callable[[], tuple[int, list[Batch]]]
+    ) -> tuple[int, list[Batch]]:
+        """Number of requests and batches for texts, and for all else that they depend on."""
+        digest = hashlib.blake2b(repr(key).encode())
+        for text in texts:
+            digest.update(repr(text).encode("utf-8", "surrogatepass"))
+        if digest.digest() not in self.known:
+            self.known[digest.digest()] = make()
+        return self.known[digest.digest()]
+
+
+class HarnessLM(TemplateLM):
+    """A network and its tokenizer as lm-eval sees a model.
+
+    Rows are shared and batched as `batching` says; a context that is too long loses its beginning, as in lm-eval's own
+    models. Several processes share batches out, stay in step, and have all answers in the end; lm-eval itself believes
+    that there is one process.
+
+    Args:
+        network: a `Transformer` in eval mode.
+        text: its tokenizer, and what it expects in front of a text.
+        max_batch_tokens: rows times the longest row of a batch, with the keys and values that it is lent; a single
+            longer row is still evaluated.
+        company: the processes that evaluate together; only this one when left out.
+        plans: of former evaluations.
+        on_progress: told how far this process is.
+    """
+
+    def __init__(
+        self,
+        network: Transformer,
+        text: TextSide,
+        max_batch_tokens: int = 8192,
+        company: Company | None = None,
+        plans: Plans | None = None,
+        on_progress: Progress = lambda part: None,
+    ) -> None:
+        super().__init__()
+        if max_batch_tokens < 1:
+            raise InputError(f"max_batch_tokens={max_batch_tokens} must be at least 1; 8192 is a good start")
+        self.network = network
+        self.text = text
+        self.tokenizer = text.tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        self.company = company or Company(network)
+        self.plans = plans or Plans()
+        self.on_progress = on_progress
+        self._device = next(network.parameters()).device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context."""
+        return self.text.prefix
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the network accepts."""
+        return self.network.config.max_seq_len
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name that changes with the tokenizer."""
+        return self.tokenizer.sha256
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a text, without special tokens."""
+        return self.tokenizer.encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether greedy decoding would produce it."""
+        pairs = [request.args for request in requests]
+        return self._answers("pairs", pairs, lambda: self._encode_pairs(pairs))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-probability of each whole text, in windows of the model's length; each token is predicted once."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((request.args, *make_disjoint_window(pair)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_prob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Continue each context until a stop string, the end of text or its number of tokens; the stop is cut off."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        texts = [""] * len(requests)
+        for indices in groups.values():
+            contexts = [requests[index].args[0] for index in indices]
+            for index, text in zip(indices, self._continue(contexts, requests[indices[0]].args[1]), strict=True):
+                texts[index] = text
+        return texts
+
+    # -- likelihoods ---------------------------------------------------------------------------------------------------
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+        """Ids of contexts and continuations, split as `TemplateLM._encode_pair` does: spaces go to the continuation.
+
+        Held as uint32: the requests of MMLU with shots are 59 million tokens.
+        """
+        encoded: list[Request] = []
+        for start in range(0, len(pairs), ENCODE_CHUNK):
+            encoded += self._encode_some(pairs[start : start + ENCODE_CHUNK])
+        return encoded
+
+    def _encode_some(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
+        contexts = [context.rstrip() for context, _ in pairs]
+        wholes = [context + continuation for context, continuation in pairs]
+        texts = list(dict.fromkeys([*contexts, *wholes]))
+        ids = dict(zip(texts, (np.asarray(x, np.uint32) for x in self.tokenizer.encode_batch(texts)), strict=True))
+        begins = np.asarray(self.text.begins, np.uint32)
+        empty = np.asarray([self.prefix_token_id], np.uint32)
+        return [
+            (pair, np.concatenate([begins, ids[context]]) if context else empty, ids[whole][len(ids[context]) :])
+            for pair, context, whole in zip(pairs, contexts, wholes, strict=True)
+        ]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
+        """Score continuations after contexts that already hold their begin token."""
+        ids = [(tuple(map(int, context)), tuple(map(int, continuation))) for _, context, continuation in requests]
+        return self._answers("tokens", ids, lambda: requests)
+
+    def _answers(
+        self, kind: str, asked: Sequence[tuple[Any, ...]], encode: Callable[[], Sequence[Request]]
+    ) -> list[tuple[float, bool]]:
+        """What each request scores; an empty continuation is certain."""
+
+        def plan() -> tuple[int, list[Batch]]:
+            rows = distinct_rows(encode(), self.max_length)
+            return len(asked), plan_batches(rows, self.max_batch_tokens, self.max_length)
+
+        text = (self.tokenizer_name, self.text.begins, self.prefix_token_id)
+        number, batches = self.plans.get((kind, text, self.max_batch_tokens, self.max_length), asked, plan)
+        answer_2Q = torch.zeros(2, number, dtype=torch.float64)
+        world = self.company.world
+        mine = batches[world.data_rank :: world.data_ranks]
+        total, done = sum(batch.num_tokens for batch in mine), 0
+        lender = _Lender(self.network, self.company, self._device)
+        for batch in mine:
+            self._score(batch, lender, answer_2Q)
+            done += batch.num_tokens
+            self.on_progress(done / total)
+        self.company.finish()
+        log_probs, wrong = world.sum_over_data(answer_2Q.to(self._device)).cpu()
+        return list(zip(log_probs.tolist(), (wrong == 0).tolist(), strict=True))
+
+    def _score(self, batch: Batch, lender: "_Lender", answer_2Q: Tensor) -> None:
+        """Fill in, for each request of a batch, its log-probability, and 1 where greedy decoding would differ.
+
+        Rows are padded on the right, which causal attention does not see.
+        """
+        suffixes = [batch.suffix(place) for place in range(len(batch.rows))]
+        inputs_BL = _padded(suffixes, self.eot_token_id, self._device)
+        cache = lender.cache_for(batch, inputs_BL.shape[1])
+        self.company.before_forward()
+        hidden_BLD, _ = self.network(inputs_BL, cache=cache, decoding=True)
+        scored, positions, targets, requests = [], [], [], []
+        end = 0
+        for place, (row, suffix) in enumerate(zip(batch.rows, suffixes, strict=True)):
+            scored.append(hidden_BLD[place, len(suffix) - row.num_scored : len(suffix)])
+            end += row.num_scored
+            for index, continuation in row.requests:
+                positions.append(np.arange(end - len(continuation), end))
+                targets.append(continuation.astype(np.int64))
+                requests.append((index, len(continuation)))
+        log_prob_Q, greedy_Q = self._head(
+            torch.cat(scored), torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(targets))
+        )
+        start = 0
+        for index, length in requests:
+            asked = slice(start, start + length)
+            answer_2Q[0, index] = log_prob_Q[asked].sum()
+            answer_2Q[1, index] = float(not greedy_Q[asked].all())
+            start += length
+
+    def _head(self, hidden_ND: Tensor, positions_Q: Tensor, targets_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability (float64) of each target at its position, and whether it is the likeliest token there."""
+        log_prob_Q = torch.zeros(len(targets_Q), dtype=torch.float64)
+        greedy_Q = torch.zeros(len(targets_Q), dtype=torch.bool)
+        chunk = max(1, LOGIT_ELEMENTS // self.network.config.vocab_size)
+        for start in range(0, len(hidden_ND), chunk):
+            logits = self.network.logits(hidden_ND[start : start + chunk])
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            here_Q = (positions_Q >= start) & (positions_Q < start + chunk)
+            rows = (positions_Q[here_Q] - start).to(logits.device)
+            targets = targets_Q[here_Q].to(logits.device)
+            log_prob_Q[here_Q] = (logits[rows, targets] - logits.logsumexp(dim=-1)[rows]).double().cpu()
+            greedy_Q[here_Q] = (logits.argmax(dim=-1)[rows] == targets).cpu()
+        return log_prob_Q, greedy_Q
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    def _continue(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
+        """Texts generated after contexts with the same settings, longest contexts first, batched under the budget."""
+        settings = normalize_gen_kwargs(gen_kwargs)
+        stops = [stop for stop in settings["until"] if stop]
+        # half of a short window stays for the context: a task may ask for more tokens than the model has
+        max_new_tokens = min(settings["max_gen_toks"], self.max_length // 2)
+        begins = self.text.begins or [self.prefix_token_id]
+        room = self.max_length - max_new_tokens - len(self.text.begins)
+        prompts = [ids[max(0, len(ids) - room) :] for ids in self.tokenizer.encode_batch(list(contexts))]
+        prompts = [begin(prompt, self.text.begins if prompt else begins) for prompt in prompts]
+        tokens_QL = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)  # ids + 1; 0: no token
+        world = self.company.world
+        batches = list(self._prompt_batches(prompts, max_new_tokens))
+        mine = batches[world.data_rank :: world.data_ranks]
+        for number, chosen in enumerate(mine, start=1):
+            continuations = complete(
+                self.network,
+                [prompts[index] for index in chosen],
+                max_new_tokens=max_new_tokens,
+                end_ids=self.text.ends,
+                temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+                top_k=settings.get("top_k") or None,
+                top_p=settings.get("top_p"),
+                generator=[torch.Generator(self._device).manual_seed(FEWSHOT_SEED + index) for index in chosen],
+                stop=lambda _, tokens: self._has_stopped(tokens, stops),
+                before_step=self.company.before_forward,
+            )
+            for index, tokens in zip(chosen, continuations, strict=True):
+                tokens_QL[index, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64) + 1
+            self.on_progress(number / len(mine))
+        self.company.finish()
+        rows = world.sum_over_data(tokens_QL.to(self._device)).tolist()
+        texts = (self.tokenizer.decode([token - 1 for token in row if token]) for row in rows)
+        return [postprocess_generated_text(text, stops, None) for text in texts]
+
+    def _prompt_batches(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int]]:
+        """The places of prompts that are continued together, the longest first."""
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        start = 0
+        while start < len(order):
+            count = max(1, self.max_batch_tokens // (len(prompts[order[start]]) + max_new_tokens))
+            yield order[start : start + count]
+            start += count
+
+    def _has_stopped(self, tokens: Sequence[int], stops: Sequence[str]) -> bool:
+        """Whether a stop string ends in the last token. A token spells a byte or more, so the tail is long enough."""
+        longest = max((len(stop.encode()) for stop in stops), default=0)
+        tail = self.tokenizer.decode(list(tokens[-longest - 4 :])) if stops else ""
+        return any(stop in tail for stop in stops)
+
+
+class _Lender:
+    """Computes what the rows of a batch begin with, and lends keys and values of it to each of them."""
+
+    def __init__(self, network: Transformer, company: Company, device: torch.device) -> None:
+        self.network, self.company, self.device = network, company, device
+        self._families: tuple[Family, ...] = ()
+        self._cache: KVCache | None = None
+
+    def cache_for(self, batch: Batch, num_new: int) -> KVCache | None:
+        """A cache with each row's beginning, and room for more; None where rows share none. The last one is kept: rows
+        of one large family come in several batches."""
+        if not batch.has_prefix:
+            return None
+        if self._cache is None or self._families != batch.families:
+            self._families, self._cache = batch.families, self._computed(batch)
+        rows = torch.tensor(batch.family_of_row, device=self.device)
+        return self._cache.select(rows, self._cache.length + num_new)
+
+    def _computed(self, batch: Batch) -> KVCache:
+        """Beginnings are padded on the left, where they are masked."""
+        prefixes = [family.prefix for family in batch.families]
+        longest = max(map(len, prefixes))
+        inputs_BL = _padded([prefix[::-1] for prefix in prefixes], 0, self.device).flip(1)
+        start_B = torch.tensor([longest - len(prefix) for prefix in prefixes], device=self.device)
+        weight = next(self.network.parameters())
+        cache = KVCache(self.network.config, len(prefixes), longest, weight.device, weight.dtype, start_B)
+        self.company.before_forward()
+        self.network(inputs_BL, cache=cache)
+        return cache
+
+
+def _padded(rows: Sequence[np.ndarray], padding: int, device: torch.device) -> Tensor:
+    """Rows of ids [B, L], padded on the right."""
+    padded_BL = np.full((len(rows), max(map(len, rows))), padding, np.int64)
+    for place, row in enumerate(rows):
+        padded_BL[place, : len(row)] = row
+    return torch.from_numpy(padded_BL).to(device)
