@@ -36,6 +36,8 @@ def evaluate(
 ) -> None:
     """Evaluate lm-eval tasks on a checkpoint's model, and print a table of the results.
 
+    A task that fails is told of, and the others go on; the exit code is then 1.
+
     Args:
         checkpoint: the directory of a checkpoint, such as RUN/checkpoints/step-00000300, or of a Hugging Face model.
         tasks: suites of configs/eval (core_en, mmlu, gsm8k, gsm8k_cot, zh, paper, synthetic) and names of lm-eval
@@ -75,8 +77,13 @@ def evaluate(
             )
         harness = harness_type(loaded, text, limit=limit, max_batch_tokens=max_batch_tokens)
         network = model.network.to(target)
+        failed: dict[str, Exception] = {}
         with _progress() as on_progress:
-            outcome = harness.evaluate(network, on_progress=on_progress)
+            outcome = harness.evaluate(network, on_failure=failed.__setitem__, on_progress=on_progress)
+    for name, error in failed.items():
+        sys.stderr.write(f"growmoe evaluate: {name} failed ({type(error).__name__}: {error})\n")
+    if not outcome.results:
+        sys.exit(1)
     facts = {key: model.metadata.get(key) for key in ("step", "tokens")}
     record = {"checkpoint": str(checkpoint), **facts, "precision": dtype, **outcome.record()}
     _show(_table(record, _cost(time.perf_counter() - began, target)))
@@ -84,6 +91,8 @@ def evaluate(
         _show(_differences(record, other, str(compare)))
     if output is not None:
         _write(output, record)
+    if failed:
+        sys.exit(1)
 
 
 def _import_harness() -> Any:

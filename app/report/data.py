@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import yaml
-from callbacks.eval_results import ACCURACIES
 
 from app.checkpoint_folder import list_checkpoints
 from app.metrics_table import FILE_NAME, read_table
+from callbacks.evaluation.results import ACCURACIES
 from modules.config import MANIFEST
 from modules.errors import InputError
 from modules.jsonl import read_jsonl

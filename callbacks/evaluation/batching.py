@@ -22,7 +22,7 @@ Request = tuple[tuple[str, ...], Sequence[int] | np.ndarray, Sequence[int] | np.
 """Texts, and the ids of context and continuation: lm-eval's own order."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One forward row: its input ids, how many of its last predictions are asked for, and by which requests."""
 
@@ -31,7 +31,7 @@ class Row:
     requests: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """Rows whose first `shared` inputs are the same; a row that shares nothing is alone."""
 
@@ -44,7 +44,7 @@ class Family:
         return self.rows[0].inputs[: self.shared]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of one forward pass, behind one pass over the beginnings of their families where these are shared.
 

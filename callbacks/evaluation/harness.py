@@ -4,7 +4,7 @@ Importing this file imports lm-eval (seconds): do it where an evaluation begins,
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from callbacks.evaluation.company import Company, PeerFailed, Stopped
 from callbacks.evaluation.model import FEWSHOT_SEED, HarnessLM, Plans, TextSide
-from callbacks.evaluation.requests import built_requests, digest
+from callbacks.evaluation.requests import built_requests, digest, templates_compiled_once
 from callbacks.evaluation.results import Outcome, chance_levels, clean_metrics, headline, right_answers
 from callbacks.evaluation.samples import examples_of
 from callbacks.evaluation.tasks import LoadedTasks, preserved_random_state, quiet_harness, seed_everything
@@ -106,7 +106,9 @@ class Harness:
     def _evaluate_one(self, model: HarnessLM, name: str, entry: dict[str, Any]) -> Outcome:
         """Evaluate what one name stands for: a task, a group or a tag."""
         seed_everything()
-        with _all_requests(entry["tasks"], self.limit) as requests:
+        for task in entry["tasks"].values():
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        with templates_compiled_once(), built_requests(entry["tasks"], self.limit) as requests:
             hashes = {task: digest(asked) for task, asked in requests.items()}
             # no bootstrap: it would start a pool of processes
             output = evaluator.evaluate(model, entry, limit=self.limit, bootstrap_iters=0, log_samples=True)
@@ -145,17 +147,6 @@ def _report(on_failure: Failure | None, name: str, error: Exception) -> None:
 
 def _groups(entry: dict[str, Any]) -> Any:
     return entry.get("groups", {}).items()
-
-
-@contextmanager
-def _all_requests(tasks: dict[str, Any], limit: int | float | None) -> Iterator[dict[str, list[Any]]]:
-    """The requests of several tasks, all of them with the shots of the same seed."""
-    with ExitStack() as stack:
-        requests = {}
-        for name, task in tasks.items():
-            task.set_fewshot_seed(FEWSHOT_SEED)
-            requests[name] = stack.enter_context(built_requests(task, limit))
-        yield requests
 
 
 @contextmanager

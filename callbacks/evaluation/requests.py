@@ -4,19 +4,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import dill
+import lm_eval.utils
 from lm_eval.evaluator_utils import get_sample_size
 
 from modules.files import replace_file
 
 WORTH_KEEPING_S = 2.0
-"""Building MMLU with shots takes 65 s, most tasks less than one."""
+"""Building what a name stands for takes less for most tasks, and more for MMLU."""
 _FORMAT = 1
 
 
@@ -29,27 +31,47 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def built_requests(task: Any, limit: int | float | None) -> Iterator[list[Any]]:
-    """Give a task its requests, and keep lm-eval from building them again; afterwards the task has none.
+def built_requests(tasks: Mapping[str, Any], limit: int | float | None) -> Iterator[dict[str, list[Any]]]:
+    """Give tasks their requests, and keep lm-eval from building them again; afterwards they have none.
 
     (Those of MMLU hold 250 MB of prompts.) lm-eval's own cache knows a task by its name and shots alone, and builds all
     of them where a few are asked for.
 
     Args:
-        task: with its data, its shots and its seed.
-        limit: documents at most; below 1, a share of them.
+        tasks: with their data, their shots and their seeds.
+        limit: documents per task at most; below 1, a share of them.
     """
-    path = _place_of(task, limit)
-    requests = None if path is None else _read(path)
-    if requests is None:
-        requests = _build(task, limit, path)
-    task._instances = requests
-    task.build_all_requests = lambda **settings: None
+    places = {name: _place_of(task, limit) for name, task in tasks.items()}
+    requests = {name: _read(place) for name, place in places.items()}
+    missing = [name for name, found in requests.items() if found is None]
+    began = time.perf_counter()
+    for name in missing:
+        tasks[name].build_all_requests(limit=get_sample_size(tasks[name], limit), rank=0, world_size=1)
+        requests[name] = tasks[name].instances
+    if time.perf_counter() - began > WORTH_KEEPING_S:
+        for name in missing:
+            _write(places[name], requests[name])
+    for name, task in tasks.items():
+        task._instances = requests[name]
+        task.build_all_requests = _nothing
     try:
-        yield requests
+        yield {name: task.instances for name, task in tasks.items()}
     finally:
-        del task.build_all_requests
-        task._instances = None
+        for task in tasks.values():
+            del task.build_all_requests
+            task._instances = None
+
+
+@contextmanager
+def templates_compiled_once() -> Iterator[None]:
+    """Let lm-eval keep the templates of tasks: it compiles them anew for each document, in 1 ms or more, which for MMLU
+    with shots is most of a minute."""
+    environment: Any = lm_eval.utils.env
+    environment.from_string = lru_cache(maxsize=None)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string
 
 
 def digest(requests: list[Any]) -> str:
@@ -64,13 +86,8 @@ def digest(requests: list[Any]) -> str:
     return found.hexdigest()
 
 
-def _build(task: Any, limit: int | float | None, path: Path | None) -> list[Any]:
-    began = time.perf_counter()
-    task.build_all_requests(limit=get_sample_size(task, limit), rank=0, world_size=1)
-    requests = task.instances
-    if path is not None and time.perf_counter() - began > WORTH_KEEPING_S:
-        _write(path, requests)
-    return requests
+def _nothing(**settings: Any) -> None:
+    """In the place of building requests that are there."""
 
 
 def _place_of(task: Any, limit: int | float | None) -> Path | None:
@@ -91,17 +108,18 @@ def _place_of(task: Any, limit: int | float | None) -> Path | None:
     return cache_folder() / f"{name[:32]}.pickle"
 
 
-def _read(path: Path) -> list[Any] | None:
+def _read(path: Path | None) -> list[Any] | None:
     """What is kept there; nothing where there is no file, or one that cannot be read."""
     try:
-        requests = dill.loads(path.read_bytes())
+        return None if path is None else dill.loads(path.read_bytes())
     except Exception:  # a damaged pickle may raise anything, and can be made again
         return None
-    return requests
 
 
-def _write(path: Path, requests: list[Any]) -> None:
+def _write(path: Path | None, requests: list[Any] | None) -> None:
     """Keep requests; several processes may do so at the same time. A full disk costs no more than the next building."""
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, dill.dumps(requests))

@@ -135,7 +135,7 @@ def _task_chance(task: Any) -> tuple[float | None, int]:
     for instance in task.instances:
         choices[instance.doc_id] = choices.get(instance.doc_id, 0) + 1
         documents[instance.doc_id] = instance.doc
-    if task.OUTPUT_TYPE != "multiple_choice":
+    if task.OUTPUT_TYPE != "multiple_choice" or not {"acc", "acc_norm", "acc_bytes"} & set(task.aggregation()):
         return (task.get_config("metadata") or {}).get("chance"), len(documents)
     if "acc_mutual_info" in task.aggregation():
         choices = {number: count // 2 for number, count in choices.items()}  # each is asked without its context too

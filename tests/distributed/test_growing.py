@@ -1,6 +1,5 @@
 """The growing run of the end-to-end tests on several processes: the trace of one, resumed on any number."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,9 @@ def assert_same(want: Path, got: Path) -> None:
 EVALUATION = {"every_n_steps": 7, "at_transitions": True, "at_end": False, "limit": 2}
 
 
-def answers(run_dir: Path) -> dict[str, Any]:
-    """The results of lm-eval's tasks, by file."""
-    return {path.name: json.loads(path.read_text())["results"] for path in sorted(run_dir.glob("eval/*.json"))}
+def answers(run_dir: Path) -> dict[str, str]:
+    """What evaluations have written, by file."""
+    return {path.name: path.read_text() for path in sorted(run_dir.glob("eval/*.json"))}
 
 
 @pytest.fixture(scope="module")
