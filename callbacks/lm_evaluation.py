@@ -1,6 +1,5 @@
 """lm-eval tasks during training: a callback that never changes what is trained."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,18 +11,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.cadence import finished_step, tokens_seen
 from callbacks.evaluation.company import Stopped
-from callbacks.evaluation.samples import COLUMNS
+from callbacks.evaluation.publishing import beside_transition, log_examples, write_record
 from callbacks.evaluation.suites import Suite, choose_suite, load_suite, load_suites
 from callbacks.evaluation.tasks import LoadedTasks, Missing, Source, load_tasks, preserved_random_state
 from callbacks.safety import StopOnSignal
 from modules.config import ModelConfig
 from modules.errors import InputError, require_not_negative, require_positive
-from modules.files import replace_file
 from modules.language_model import LanguageModel, log_metrics
 from modules.world import world_of
 
 if TYPE_CHECKING:
     from callbacks.evaluation.harness import Harness
+_NO_SOURCE = 1_000_000
+"""stack level above every frame: Python then shows the warning in one line, without the line of code that gave it"""
 
 
 class LMEvaluation(pl.Callback):
@@ -150,7 +150,7 @@ class LMEvaluation(pl.Callback):
         self._tasks = load_tasks(self.suite, Source(folder, self.data_mirror, self.missing))
         if self._tasks.missing:
             names = ", ".join(self._tasks.missing)
-            rank_zero_warn(f"evaluation suite {self.suite.name!r} goes without {names}, whose data are not at hand")
+            _tell(f"evaluation suite {self.suite.name!r} goes without {names}, whose data are not at hand")
 
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         """Load the tasks, unless `prepare` has been called with this data already."""
@@ -208,7 +208,7 @@ class LMEvaluation(pl.Callback):
         try:
             record = self._evaluate(trainer, pl_module, transition)
         except Stopped:
-            rank_zero_warn(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
+            _tell(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
             return None
         except Exception as error:
             _warn(trainer, "evaluation", error)
@@ -247,16 +247,15 @@ class LMEvaluation(pl.Callback):
         record = {**when, **outcome.record()}
         path = Path(trainer.default_root_dir) / "eval" / f"step-{trainer.global_step:08d}.json"
         if transition is not None:
-            record |= _beside_transition(path, transition)
+            record |= beside_transition(path, transition)
         self.latest = record
         self.latest_metrics = {f"eval/{task}": value for task, value in outcome.headline.items() if value is not None}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest_metrics.items()})
         try:  # whatever goes wrong here goes wrong on the first process alone
             log_metrics(trainer, {**self.latest_metrics, "perf/eval_s": time.perf_counter() - began})
             if trainer.is_global_zero:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False).encode())
-                _log_table(trainer, outcome.examples)
+                write_record(path, record)
+                log_examples(trainer, outcome.examples)
         except Exception as error:
             _warn(trainer, "writing the evaluation", error)
         return record
@@ -265,7 +264,7 @@ class LMEvaluation(pl.Callback):
         """Made once: what tasks ask is tokenized in the first evaluation."""
         if self._harness is None:
             from callbacks.evaluation.harness import Harness
-            from callbacks.evaluation.model import TextSide
+            from callbacks.evaluation.text_side import TextSide
 
             assert self._tasks is not None
             self._harness = Harness(
@@ -299,33 +298,15 @@ def _is_installed() -> bool:
         with preserved_random_state():
             import lm_eval.evaluator  # noqa: F401
     except ImportError as error:
-        rank_zero_warn(f"lm-eval cannot be imported ({error}), so evaluation is off; install lm-eval to switch it on")
+        _tell(f"lm-eval cannot be imported ({error}), so evaluation is off; install lm-eval to switch it on")
         return False
     return True
 
 
-def _beside_transition(path: Path, transition: Mapping[str, Any]) -> dict[str, Any]:
-    """The transition's id, and what was found at this step before it; a repeated transition keeps the first answer."""
-    fields: dict[str, Any] = {"transition": transition.get("id")}
-    if path.exists():
-        former = json.loads(path.read_text(encoding="utf-8"))
-        repeated = "transition" in former and former["transition"] == fields["transition"]
-        before = former.get("before_transition") if repeated else former
-        if before is not None:
-            fields["before_transition"] = before
-    return fields
-
-
-def _log_table(trainer: pl.Trainer, examples: Sequence[Mapping[str, Any]]) -> None:
-    """Examples for loggers that have tables, as that of W&B has."""
-    rows = [[trainer.global_step, *(example[name] for name in COLUMNS)] for example in examples]
-    for logger in trainer.loggers:
-        log_table = getattr(logger, "log_table", None)
-        if log_table is not None and rows:
-            log_table("eval/examples", columns=["step", *COLUMNS], data=rows, step=trainer.global_step)
-
-
 def _warn(trainer: pl.Trainer, what: str, error: Exception) -> None:
-    rank_zero_warn(
-        f"{what} at step {trainer.global_step} failed, and training goes on ({type(error).__name__}: {error})"
-    )
+    _tell(f"{what} at step {trainer.global_step} failed, and training goes on ({type(error).__name__}: {error})")
+
+
+def _tell(text: str) -> None:
+    """A warning of the first process."""
+    rank_zero_warn(text, stacklevel=_NO_SOURCE)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from app.loading import LoadedModel
-    from callbacks.evaluation.model import TextSide
     from callbacks.evaluation.suites import Suite
+    from callbacks.evaluation.text_side import TextSide
 
 
 def evaluate(
@@ -105,7 +105,7 @@ def _import_harness() -> Any:
 
 def _text_side(model: "LoadedModel", checkpoint: Path) -> "TextSide":
     """Its tokenizer, and what the model expects in front of a text."""
-    from callbacks.evaluation.model import TextSide
+    from callbacks.evaluation.text_side import TextSide
 
     if model.tokenizer is None:
         raise InputError(f"{checkpoint} has no tokenizer, and tasks are text; import it again with --tokenizer FILE")

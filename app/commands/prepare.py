@@ -1,11 +1,12 @@
 """`growmoe prepare`: text into token shards."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datamodules.documents import HUB, ReadOptions, find_files, read_documents
 from datamodules.manifest import Manifest
@@ -13,6 +14,8 @@ from datamodules.order import hash_fraction
 from modules.errors import InputError
 
 _TRAIN_BYTES = 100 * 2**20  # of text that a tokenizer is trained on: more changes little and costs memory
+CONTAMINATED = "contaminated"
+"""why a document is left out that repeats test items"""
 
 
 def prepare(
@@ -27,6 +30,10 @@ def prepare(
     num_workers: int = 1,
     max_document_bytes: int = 16 * 2**20,
     max_dropped_fraction: float = 0.1,
+    decontaminate: str | None = None,
+    decontaminate_words: int = 13,
+    data_mirror: Path | None = None,
+    missing: Literal["error", "skip"] = "error",
 ) -> None:
     """Turn text, JSONL, parquet or Hub data sets into a folder of token shards to train on.
 
@@ -46,6 +53,12 @@ def prepare(
         num_workers: processes that encode; 1 uses the tokenizer's threads.
         max_document_bytes: drop longer documents.
         max_dropped_fraction: give up if more than this share of a corpus is empty, broken or too long.
+        decontaminate: leave out documents that repeat test items of these suites or lm-eval tasks, with commas between
+            them, such as core_en,zh; how many is told.
+        decontaminate_words: words in a row that a document may not share with an item; a Han character counts as half a
+            word. Items that are shorter, down to 8 words, may not be there as a whole.
+        data_mirror: as in evaluate, for the items.
+        missing: as in evaluate.
     """
     corpora = parse_inputs(inputs)
     _check(tokenizer, train_tokenizer, validation_fraction, num_workers, max_document_bytes, max_dropped_fraction)
@@ -57,17 +70,26 @@ def prepare(
     began = time.perf_counter()
     known = Tokenizer.load(tokenizer) if tokenizer is not None else None
     options = ReadOptions(text_column, text_unit, max_document_bytes)
+    sieve = None
+    if decontaminate is not None:
+        sieve = _Sieve(decontaminate, decontaminate_words, data_mirror, missing)
     with ShardWriter(output) as writer:
         for corpus in corpora:
             dropped: Counter[str] = Counter()
-            writer.add_corpus(corpus.name, corpus.language, corpus.documents(options, validation_fraction, dropped))
+            documents = corpus.documents(options, validation_fraction, dropped)
+            if sieve is not None:
+                documents = sieve.clean(documents, dropped)
+            writer.add_corpus(corpus.name, corpus.language, documents)
             writer.set_dropped(corpus.name, dropped)
             _check_dropped(corpus.name, writer.count(corpus.name)[0], dropped, max_dropped_fraction)
         if known is None:
             assert train_tokenizer is not None, "checked above"
             known = train(writer.texts(_TRAIN_BYTES), train_tokenizer)
-        manifest = writer.finish(known, num_workers=num_workers)
+        extra = None if sieve is None else {"decontaminated": sieve.record()}
+        manifest = writer.finish(known, num_workers=num_workers, extra=extra)
     _print_table(manifest, output, time.perf_counter() - began)
+    if sieve is not None:
+        sys.stdout.write(sieve.summary())
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,60 @@ class CorpusInput:
         for location in self.locations:
             for text in read_documents(location, options, dropped):
                 yield ("validation" if hash_fraction(text) < validation_fraction else "train"), text
+
+
+class _Sieve:
+    """Keeps test items of an evaluation out of the corpora.
+
+    Raises:
+        InputError: suites and tasks that are unknown, or whose data are not at hand; fewer words than chance repeats.
+    """
+
+    def __init__(self, tasks: str, words: int, data_mirror: Path | None, missing: Literal["error", "skip"]) -> None:
+        from callbacks.evaluation.items import item_documents
+        from callbacks.evaluation.suites import choose_suite
+        from callbacks.evaluation.tasks import Source, load_tasks
+        from datamodules.decontamination import Decontaminator, text_fields
+
+        suite = choose_suite(tasks)
+        if suite.embedded:
+            raise InputError(
+                f"decontaminate={tasks} asks about an embedded world, whose questions no corpus holds; name other tasks"
+            )
+        mirror = None if data_mirror is None else data_mirror.absolute()
+        self._loaded = load_tasks(suite, Source(mirror=mirror, missing=missing))
+        documents = item_documents(self._loaded)
+        items = {name: (text for row in rows for text in text_fields(row)) for name, rows in documents.items()}
+        self._words = words
+        self._sieve = Decontaminator(items, words)
+
+    def clean(self, documents: Iterator[tuple[str, str]], dropped: Counter[str]) -> Iterator[tuple[str, str]]:
+        """The documents that repeat nothing; the others are counted."""
+        for split, text in documents:
+            if self._sieve.repeats(text) is None:
+                yield split, text
+            else:
+                dropped[CONTAMINATED] += 1
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest."""
+        facts = {"suite": self._loaded.suite.name, "words": self._words, "items": self._sieve.num_items}
+        if self._loaded.missing:
+            facts["missing"] = sorted(self._loaded.missing)
+        if self._loaded.mirror_hash is not None:
+            facts["mirror"] = self._loaded.mirror_hash
+        return {**facts, "dropped": dict(self._sieve.found.most_common())}
+
+    def summary(self) -> str:
+        """For people."""
+        found = self._sieve.found
+        names = ", ".join(f"{count} {name}" for name, count in found.most_common(8))
+        more = f" and {len(found) - 8} more tasks" if len(found) > 8 else ""
+        without = f"; without {', '.join(self._loaded.missing)}" if self._loaded.missing else ""
+        return (
+            f"{self._loaded.suite.name}: {found.total()} documents repeat one of {self._sieve.num_items:,} test items"
+            f"{f' ({names}{more})' if found else ''}, and are left out{without}\n"
+        )
 
 
 def parse_inputs(inputs: list[str]) -> list[CorpusInput]:
@@ -131,9 +207,10 @@ def _check(
 
 
 def _check_dropped(name: str, num_kept: int, dropped: Counter[str], limit: float) -> None:
-    share = dropped.total() / max(1, num_kept + dropped.total())
+    broken = Counter({reason: count for reason, count in dropped.items() if reason != CONTAMINATED})
+    share = broken.total() / max(1, num_kept + broken.total())
     if share > limit:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in broken.most_common())
         raise InputError(
             f"corpus {name!r}: {share:.1%} of the documents would be dropped ({reasons}), more than "
             f"max_dropped_fraction={limit}; repair the input or raise the limit"

@@ -5,9 +5,11 @@ cost one. Rows that begin alike (the endings of a story, the questions behind th
 beginning is computed once, and its keys and values are lent to each of them.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +74,24 @@ class Batch:
         """Inputs that this batch computes, padding left out."""
         prefixes = sum(family.shared for family in self.families)
         return prefixes + sum(len(self.suffix(place)) for place in range(len(self.rows)))
+
+
+@dataclass
+class Plans:
+    """Batches of requests that were asked before: tokenizing what a suite asks takes longer than answering it."""
+
+    known: dict[bytes, tuple[int, list[Batch]]] = field(default_factory=dict)
+
+    def get(
+        self, key: Sequence[Any], texts: Sequence[tuple[str, ...]], make: Callable[[], tuple[int, list[Batch]]]
+    ) -> tuple[int, list[Batch]]:
+        """Number of requests and batches for texts, and for all else that they depend on."""
+        digest = hashlib.blake2b(repr(key).encode())
+        for text in texts:
+            digest.update(repr(text).encode("utf-8", "surrogatepass"))
+        if digest.digest() not in self.known:
+            self.known[digest.digest()] = make()
+        return self.known[digest.digest()]
 
 
 def distinct_rows(requests: Sequence[Request], max_length: int) -> list[Row]:

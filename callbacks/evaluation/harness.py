@@ -13,12 +13,14 @@ import torch
 from lm_eval import evaluator
 from torch import nn
 
+from callbacks.evaluation.batching import Plans
 from callbacks.evaluation.company import Company, PeerFailed, Stopped
-from callbacks.evaluation.model import FEWSHOT_SEED, HarnessLM, Plans, TextSide
+from callbacks.evaluation.model import FEWSHOT_SEED, HarnessLM
 from callbacks.evaluation.requests import built_requests, digest, templates_compiled_once
 from callbacks.evaluation.results import Outcome, chance_levels, clean_metrics, headline, right_answers
 from callbacks.evaluation.samples import examples_of
 from callbacks.evaluation.tasks import LoadedTasks, preserved_random_state, quiet_harness, seed_everything
+from callbacks.evaluation.text_side import TextSide
 from modules.errors import InputError
 from modules.layers.transformer import Transformer
 from modules.world import ONE_PROCESS, World

@@ -6,10 +6,8 @@ Importing this file imports lm-eval (seconds): do it where an evaluation begins,
 Letters: B batch, L sequence, D model, N scored positions, Q asked tokens.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,12 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from callbacks.evaluation.batching import Batch, Family, Request, distinct_rows, plan_batches
+from callbacks.evaluation.batching import Batch, Plans, Request, distinct_rows, plan_batches
 from callbacks.evaluation.company import Company
+from callbacks.evaluation.lending import Lender, padded
+from callbacks.evaluation.text_side import TextSide
 from modules.errors import InputError
 from modules.generation import begin, complete
-from modules.layers.attention import KVCache
 from modules.layers.transformer import Transformer
 
 FEWSHOT_SEED = 1234
@@ -36,58 +35,6 @@ ENCODE_CHUNK = 4096
 
 Progress = Callable[[float], None]
 """Told which part of a kind of requests is answered, from 0 to 1."""
-
-
-@dataclass(frozen=True)
-class TextSide:
-    """What stands between texts and a network.
-
-    Attributes:
-        tokenizer: with `encode`, `encode_batch`, `decode`, `eos_id` and `sha256`.
-        begin_ids: what is put in front of every context; None: the end-of-text token, as in growmoe's training.
-        prefix_id: what stands for an empty context; None: the last of `begin_ids`, or the end-of-text token.
-        end_ids: each of them ends a generated text; None: the end-of-text token.
-    """
-
-    tokenizer: Any
-    begin_ids: Sequence[int] | None = None
-    prefix_id: int | None = None
-    end_ids: Sequence[int] | None = None
-
-    @property
-    def begins(self) -> list[int]:
-        """What is put in front of every context."""
-        return [self.tokenizer.eos_id] if self.begin_ids is None else list(self.begin_ids)
-
-    @property
-    def prefix(self) -> int:
-        """What stands for an empty context."""
-        if self.prefix_id is not None:
-            return self.prefix_id
-        return self.begins[-1] if self.begins else self.tokenizer.eos_id
-
-    @property
-    def ends(self) -> list[int]:
-        """What ends a generated text."""
-        return [self.tokenizer.eos_id] if self.end_ids is None else list(self.end_ids)
-
-
-@dataclass
-class Plans:
-    """Batches of requests that were asked before: tokenizing what a suite asks takes longer than answering it."""
-
-    known: dict[bytes, tuple[int, list[Batch]]] = field(default_factory=dict)
-
-    def get(
-        self, key: Sequence[Any], texts: Sequence[tuple[str, ...]], make: Callable[[], tuple[int, list[Batch]]]
-    ) -> tuple[int, list[Batch]]:
-        """Number of requests and batches for texts, and for all else that they depend on."""
-        digest = hashlib.blake2b(repr(key).encode())
-        for text in texts:
-            digest.update(repr(text).encode("utf-8", "surrogatepass"))
-        if digest.digest() not in self.known:
-            self.known[digest.digest()] = make()
-        return self.known[digest.digest()]
 
 
 class HarnessLM(TemplateLM):
@@ -226,7 +173,7 @@ class HarnessLM(TemplateLM):
         world = self.company.world
         mine = batches[world.data_rank :: world.data_ranks]
         total, done = sum(batch.num_tokens for batch in mine), 0
-        lender = _Lender(self.network, self.company, self._device)
+        lender = Lender(self.network, self.company, self._device)
         for batch in mine:
             self._score(batch, lender, answer_2Q)
             done += batch.num_tokens
@@ -235,13 +182,13 @@ class HarnessLM(TemplateLM):
         log_probs, wrong = world.sum_over_data(answer_2Q.to(self._device)).cpu()
         return list(zip(log_probs.tolist(), (wrong == 0).tolist(), strict=True))
 
-    def _score(self, batch: Batch, lender: "_Lender", answer_2Q: Tensor) -> None:
+    def _score(self, batch: Batch, lender: "Lender", answer_2Q: Tensor) -> None:
         """Fill in, for each request of a batch, its log-probability, and 1 where greedy decoding would differ.
 
         Rows are padded on the right, which causal attention does not see.
         """
         suffixes = [batch.suffix(place) for place in range(len(batch.rows))]
-        inputs_BL = _padded(suffixes, self.eot_token_id, self._device)
+        inputs_BL = padded(suffixes, self.eot_token_id, self._device)
         cache = lender.cache_for(batch, inputs_BL.shape[1])
         self.company.before_forward()
         hidden_BLD, _ = self.network(inputs_BL, cache=cache, decoding=True)
@@ -330,42 +277,3 @@ class HarnessLM(TemplateLM):
         longest = max((len(stop.encode()) for stop in stops), default=0)
         tail = self.tokenizer.decode(list(tokens[-longest - 4 :])) if stops else ""
         return any(stop in tail for stop in stops)
-
-
-class _Lender:
-    """Computes what the rows of a batch begin with, and lends keys and values of it to each of them."""
-
-    def __init__(self, network: Transformer, company: Company, device: torch.device) -> None:
-        self.network, self.company, self.device = network, company, device
-        self._families: tuple[Family, ...] = ()
-        self._cache: KVCache | None = None
-
-    def cache_for(self, batch: Batch, num_new: int) -> KVCache | None:
-        """A cache with each row's beginning, and room for more; None where rows share none. The last one is kept: rows
-        of one large family come in several batches."""
-        if not batch.has_prefix:
-            return None
-        if self._cache is None or self._families != batch.families:
-            self._families, self._cache = batch.families, self._computed(batch)
-        rows = torch.tensor(batch.family_of_row, device=self.device)
-        return self._cache.select(rows, self._cache.length + num_new)
-
-    def _computed(self, batch: Batch) -> KVCache:
-        """Beginnings are padded on the left, where they are masked."""
-        prefixes = [family.prefix for family in batch.families]
-        longest = max(map(len, prefixes))
-        inputs_BL = _padded([prefix[::-1] for prefix in prefixes], 0, self.device).flip(1)
-        start_B = torch.tensor([longest - len(prefix) for prefix in prefixes], device=self.device)
-        weight = next(self.network.parameters())
-        cache = KVCache(self.network.config, len(prefixes), longest, weight.device, weight.dtype, start_B)
-        self.company.before_forward()
-        self.network(inputs_BL, cache=cache)
-        return cache
-
-
-def _padded(rows: Sequence[np.ndarray], padding: int, device: torch.device) -> Tensor:
-    """Rows of ids [B, L], padded on the right."""
-    padded_BL = np.full((len(rows), max(map(len, rows))), padding, np.int64)
-    for place, row in enumerate(rows):
-        padded_BL[place, : len(row)] = row
-    return torch.from_numpy(padded_BL).to(device)

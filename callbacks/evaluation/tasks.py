@@ -92,13 +92,13 @@ def load_tasks(suite: Suite, source: Source = Source()) -> LoadedTasks:
                     by_name[name] = manager.load([name])
             except Exception as error:  # in many ways: no network, no such file, a package that is not installed
                 missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        for name, entry in by_name.items():
+            for task_name, task in entry["tasks"].items():
+                _set_shots(task, suite.num_fewshot.get(name))
+                if task_name in FEWSHOT_ANSWERS:
+                    task.fewshot_cfg.doc_to_target = FEWSHOT_ANSWERS[task_name]
     if missing and (source.missing == "error" or not by_name):
         raise InputError(_describe_missing(missing, source))
-    for name, entry in by_name.items():
-        for task in entry["tasks"].values():
-            _set_shots(task, suite.num_fewshot.get(name))
-            if task.task_name in FEWSHOT_ANSWERS:
-                task.fewshot_cfg.doc_to_target = FEWSHOT_ANSWERS[task.task_name]
     return LoadedTasks(suite, by_name, missing, source.mirror_hash)
 
 

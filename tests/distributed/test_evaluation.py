@@ -47,7 +47,8 @@ def answer(world: World, told: Any = lambda: False, begin: Any = lambda: None) -
     from lm_eval.api.instance import Instance
 
     from callbacks.evaluation.company import Company
-    from callbacks.evaluation.model import HarnessLM, TextSide
+    from callbacks.evaluation.model import HarnessLM
+    from callbacks.evaluation.text_side import TextSide
 
     network: Any = module_in(world, case()).network
     company = Company(network.eval(), world, told)
@@ -147,9 +148,9 @@ def test_all_give_up_where_one_was_told_to_stop(tmp_path: Path) -> None:
 def fail_in_a_task(folder: Path, tasks: Path) -> None:
     """A task that only the first process cannot finish; both leave it out, and have the other one's results."""
     from callbacks.evaluation.harness import Harness
-    from callbacks.evaluation.model import TextSide
     from callbacks.evaluation.suites import Suite
     from callbacks.evaluation.tasks import Source, load_tasks
+    from callbacks.evaluation.text_side import TextSide
 
     dist.init_process_group("gloo")
     world, rank = world_in(Layout(1, 2)), dist.get_rank()

@@ -29,10 +29,11 @@ from lm_eval.api.model import TemplateLM  # noqa: E402
 
 from callbacks.evaluation import suites  # noqa: E402
 from callbacks.evaluation.harness import Harness  # noqa: E402
-from callbacks.evaluation.model import HarnessLM, TextSide  # noqa: E402
+from callbacks.evaluation.model import HarnessLM  # noqa: E402
 from callbacks.evaluation.results import clean_metrics, headline  # noqa: E402
 from callbacks.evaluation.suites import Suite, choose_suite, load_suite, suite_names  # noqa: E402
 from callbacks.evaluation.tasks import LoadedTasks, Source, load_tasks, preserved_random_state  # noqa: E402
+from callbacks.evaluation.text_side import TextSide  # noqa: E402
 
 IMPORTS_TRANSFORMERS = "transformers" in sys.modules and not HAD_TRANSFORMERS
 
