@@ -1,6 +1,6 @@
 """Rows, families and batches: everything is asked once, and as little as possible is computed."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def least_cost(rows: list[Row]) -> int:
         for cuts in combinations(range(1, count), number):
             borders = [0, *cuts, count]
             total = 0
-            for start, end in zip(borders, borders[1:], strict=False):
+            for start, end in pairwise(borders):
                 part = ordered[start:end]
                 common = min(len(row.inputs) - row.num_scored for row in part)
                 while len({tuple(row.inputs[:common].tolist()) for row in part}) > 1:

@@ -20,12 +20,12 @@ from tests.unit.evaluation_helpers import QUESTIONS, write_mirror
 
 pytest.importorskip("lm_eval")
 
-from callbacks.evaluation import requests as kept  # noqa: E402
-from callbacks.evaluation.harness import Harness  # noqa: E402
-from callbacks.evaluation.results import Outcome  # noqa: E402
-from callbacks.evaluation.suites import Suite, choose_suite, load_suite, load_suites  # noqa: E402
-from callbacks.evaluation.tasks import LoadedTasks, Source, load_tasks  # noqa: E402
-from callbacks.evaluation.text_side import TextSide  # noqa: E402
+from callbacks.evaluation import requests as kept
+from callbacks.evaluation.harness import Harness
+from callbacks.evaluation.results import Outcome
+from callbacks.evaluation.suites import Suite, choose_suite, load_suite, load_suites
+from callbacks.evaluation.tasks import LoadedTasks, Source, load_tasks
+from callbacks.evaluation.text_side import TextSide
 
 SCIQ = Suite("x", ("sciq",), {"sciq": 1}, folders=("sciq", "winogrande"))
 BOTH = Suite("x", ("winogrande", "sciq"), {"sciq": 1}, folders=("sciq", "winogrande"))

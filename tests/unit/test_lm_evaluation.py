@@ -377,3 +377,62 @@ def test_command_says_when_lm_eval_is_absent(checkpoint: Path, monkeypatch: pyte
     monkeypatch.delitem(sys.modules, "callbacks.evaluation.harness", raising=False)
     with pytest.raises(InputError, match="pip install lm-eval"):
         evaluate_command(checkpoint, device="cpu")
+
+
+def test_command_compares_with_a_file(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results.json"
+    evaluate_command(checkpoint, limit=8, output=output, device="cpu")
+    capsys.readouterr()
+    evaluate_command(checkpoint, limit=8, compare=output, device="cpu")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "tiny_choose" in line]
+    assert len(lines) == 2 and "+0.0000" in lines[1] and "0.0000" in lines[1] and "yes" in lines[1]
+    evaluate_command(checkpoint, limit=6, compare=output, device="cpu")
+    printed = capsys.readouterr().out
+    assert "other questions" in printed and " no " in printed
+
+
+def test_command_ends_with_1_where_a_task_failed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = Suite("synthetic", ("tiny_fail", "tiny_choose"), embedded=True)
+    monkeypatch.setattr(suites, "load_suite", lambda name: suite)
+    output = tmp_path / "results.json"
+    with pytest.raises(SystemExit) as ended:
+        evaluate_command(checkpoint, output=output, device="cpu")
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert "tiny_fail failed (ZeroDivisionError" in printed.err and "tiny_choose" in printed.out
+    assert set(json.loads(output.read_text(encoding="utf-8"))["results"]) == {"tiny_choose"}
+
+
+class Tables(Memory):
+    """A logger that has tables, as that of W&B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[tuple[int | None, list[str], list[list[Any]]]] = []
+
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]], step: int | None = None) -> None:
+        assert key == "eval/examples"
+        self.tables.append((step, columns, data))
+
+
+def test_examples_reach_loggers_with_tables_and_metrics_the_trainer(
+    tokenizer: Tokenizer, task_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "Memory", Tables)
+    callback = LMEvaluation(tasks=["tiny_choose"], examples=2)
+    seen: list[dict[str, Tensor]] = []
+
+    class Look(pl.Callback):
+        def on_evaluation(self, trainer: pl.Trainer, module: Any, metrics: Any, transition: Any) -> None:
+            seen.append({name: trainer.callback_metrics[name] for name in metrics})
+
+    _, memory = fit(tokenizer, task_dir, tmp_path, callback, Look())
+    assert isinstance(memory, Tables)
+    ((step, columns, rows),) = memory.tables
+    assert step == 4 and columns == ["step", "task", "question", "answer", "expected", "right"] and len(rows) == 2
+    assert (
+        rows[0][1] == "tiny_choose" and rows[0][3] in {" Ann", " Bob", " tea", " 王小明"} and rows[0][5] in (0.0, 1.0)
+    )
+    assert [set(metrics) for metrics in seen] == [{"eval/tiny_choose"}]
