@@ -117,7 +117,7 @@ class TrainingCLI(LightningCLI):
         if settings["enable_progress_bar"] is False:
             parts["console"].hide_bar()
             settings["enable_progress_bar"] = None  # Lightning refuses any console beside False
-        ours = training if self.subcommand == "fit" else [parts["console"]]
+        ours = training if self.subcommand == "fit" else [self.stopper, parts["evaluation"], parts["console"]]
         settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
         settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
         self.extra_loggers = settings["logger"]
@@ -169,20 +169,25 @@ class TrainingCLI(LightningCLI):
     def before_validate(self) -> None:
         """Validation needs a checkpoint, and writes nothing."""
         requested = self._get(self.config_init, "ckpt_path")
-        if requested is None and self.model.start_from is not None:
+        if requested is not None:
+            self._restore_shape(self._named_checkpoint(requested))
+        elif self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
-            self._check_data()
-            return
-        if requested is None:
+        else:
             raise InputError(
                 "validate without --ckpt_path would measure random weights; give a checkpoint directory or auto, or "
                 "--model.start_from an imported model"
             )
-        self._restore_shape(self._named_checkpoint(requested))
         self._check_data()
+        evaluation: LMEvaluation = self._get(self.config_init, "evaluation")
+        if evaluation.suite is not None:
+            evaluation.prepare(self.datamodule, [self.model.architecture])
 
     def after_validate(self) -> None:
         """Print what was measured."""
+        number = self.stopper.received
+        if number is not None:
+            sys.exit(128 + number)
         metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
         if self.trainer.is_global_zero:
             sys.stdout.write("".join(f"{name} {value:.4f}\n" for name, value in metrics.items()))

@@ -185,6 +185,11 @@ class LMEvaluation(pl.Callback):
         if self.at_end and has_finished and is_new:
             self.evaluate_now(trainer, pl_module)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Under `growmoe validate`, evaluate too when tasks are named; nothing is written."""
+        if trainer.state.fn == "validate":
+            self.evaluate_now(trainer, pl_module)
+
     def on_transition(self, trainer: pl.Trainer, pl_module: LanguageModel, record: Mapping[str, Any]) -> None:
         """Evaluate the network that a transition has just put in the place of the former one."""
         if self.at_transitions:
@@ -253,7 +258,7 @@ class LMEvaluation(pl.Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest_metrics.items()})
         try:  # whatever goes wrong here goes wrong on the first process alone
             log_metrics(trainer, {**self.latest_metrics, "perf/eval_s": time.perf_counter() - began})
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and trainer.state.fn == "fit":
                 write_record(path, record)
                 log_examples(trainer, outcome.examples)
         except Exception as error:

@@ -59,7 +59,7 @@ class StopOnSignal(pl.Callback):
         What was measured so far is of a part of the samples. Lightning and our callbacks take it for a sanity check,
         and log nothing of it.
         """
-        if trainer.state.fn == "fit" and self._is_told(trainer, pl_module):
+        if self._is_told(trainer, pl_module):
             trainer.sanity_checking = True
             raise StopIteration  # ends the loop over batches
 

@@ -18,7 +18,11 @@ from modules.errors import InputError
 MIN_SHARED = 16
 """Tokens that rows must have in common for their beginning to be computed apart: a pass more has a price."""
 PREFIX_STEP = 16
-"""Families whose beginnings differ by fewer tokens may share a batch, in which beginnings are padded."""
+"""Families whose beginnings differ by fewer tokens stand beside each other."""
+LARGE_ENOUGH = 1024
+"""Tokens of a batch from which on it pays to begin another one rather than to pad."""
+MOST_PADDING = 1.2
+"""... if with the next row a batch had so many times the tokens that are asked for."""
 
 Request = tuple[tuple[str, ...], Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 """Texts, and the ids of context and continuation: lm-eval's own order."""
@@ -64,6 +68,12 @@ class Batch:
     def has_prefix(self) -> bool:
         """Whether something is computed in front of the rows."""
         return self.families[0].shared > 0
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the beginning of each family stands, padded on the left to the longest."""
+        longest = max(family.shared for family in self.families)
+        return [longest - family.shared for family in self.families]
 
     def suffix(self, place: int) -> np.ndarray:
         """The inputs of a row behind its family's beginning."""
@@ -174,10 +184,10 @@ def find_families(rows: Sequence[Row]) -> list[Family]:
 
 
 def _shared_inputs(one: Row, other: Row) -> int:
-    """How many first inputs two rows have in common, of those that stand in front of what is asked of either."""
-    limit = min(len(row.inputs) - max(1, row.num_scored) for row in (one, other))
-    differences = np.flatnonzero(one.inputs[:limit] != other.inputs[:limit]) if limit > 0 else np.zeros(0)
-    return int(differences[0]) if len(differences) else max(0, limit)
+    """How many first inputs two rows have in common; the last one of each stays its own."""
+    limit = min(len(one.inputs), len(other.inputs)) - 1
+    differences = np.flatnonzero(one.inputs[:limit] != other.inputs[:limit])
+    return int(differences[0]) if len(differences) else limit
 
 
 def _splits(values: Sequence[int]) -> tuple[list[int], list[int], int]:
@@ -223,19 +233,28 @@ class _Packing:
         self.families: list[Family] = []
         self.rows: list[Row] = []
         self.family_of_row: list[int] = []
-        self.prefix = self.suffix = 0
+        self.prefix = self.suffix = self.num_asked = 0
 
     def has_room(self, family: Family, row: Row) -> bool:
-        """Whether a row may come; the first one always may."""
-        length = max(self.prefix, family.shared) + max(self.suffix, len(row.inputs) - family.shared)
-        fits = (len(self.rows) + 1) * length <= self.max_batch_tokens and length <= self.max_length
-        return fits or not self.rows
+        """Whether a row may come: for the budget, and for what it would pad. The first one always may."""
+        if not self.rows:
+            return True
+        own, new = len(row.inputs) - family.shared, 0 if self.families[-1] is family else 1
+        prefix, suffix = max(self.prefix, family.shared), max(self.suffix, own)
+        rows, families = len(self.rows) + 1, len(self.families) + new
+        if rows * (prefix + suffix) > self.max_batch_tokens or prefix + suffix > self.max_length:
+            return False
+        padded, asked = families * prefix + rows * suffix, self.num_asked + own + new * family.shared
+        is_small = len(self.families) * self.prefix + len(self.rows) * self.suffix < LARGE_ENOUGH
+        return is_small or padded <= MOST_PADDING * asked
 
     def add(self, family: Family, row: Row) -> None:
         """Put a row in."""
         if not self.families or self.families[-1] is not family:
             self.families.append(family)
+            self.num_asked += family.shared
         self.rows.append(row)
+        self.num_asked += len(row.inputs) - family.shared
         self.family_of_row.append(len(self.families) - 1)
         self.prefix = max(self.prefix, family.shared)
         self.suffix = max(self.suffix, len(row.inputs) - family.shared)

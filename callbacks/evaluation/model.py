@@ -20,7 +20,7 @@ from torch import Tensor
 
 from callbacks.evaluation.batching import Batch, Plans, Request, distinct_rows, plan_batches
 from callbacks.evaluation.company import Company
-from callbacks.evaluation.lending import Lender, padded
+from callbacks.evaluation.lending import Lender, Scored, padded
 from callbacks.evaluation.text_side import TextSide
 from modules.errors import InputError
 from modules.generation import begin, complete
@@ -189,20 +189,20 @@ class HarnessLM(TemplateLM):
         """
         suffixes = [batch.suffix(place) for place in range(len(batch.rows))]
         inputs_BL = padded(suffixes, self.eot_token_id, self._device)
-        cache = lender.cache_for(batch, inputs_BL.shape[1])
+        cache, prefix_FPD = lender.begin(batch, inputs_BL.shape[1])
         self.company.before_forward()
         hidden_BLD, _ = self.network(inputs_BL, cache=cache, decoding=True)
-        scored, positions, targets, requests = [], [], [], []
-        end = 0
-        for place, (row, suffix) in enumerate(zip(batch.rows, suffixes, strict=True)):
-            scored.append(hidden_BLD[place, len(suffix) - row.num_scored : len(suffix)])
-            end += row.num_scored
+        scored = Scored(batch)
+        positions, targets, requests = [], [], []
+        for row, places in zip(batch.rows, scored.places_of_row, strict=True):
             for index, continuation in row.requests:
-                positions.append(np.arange(end - len(continuation), end))
+                positions.append(places[len(places) - len(continuation) :])
                 targets.append(continuation.astype(np.int64))
                 requests.append((index, len(continuation)))
         log_prob_Q, greedy_Q = self._head(
-            torch.cat(scored), torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(targets))
+            scored.pick(prefix_FPD, hidden_BLD),
+            torch.from_numpy(np.concatenate(positions)),
+            torch.from_numpy(np.concatenate(targets)),
         )
         start = 0
         for index, length in requests:
@@ -222,8 +222,8 @@ class HarnessLM(TemplateLM):
             here_Q = (positions_Q >= start) & (positions_Q < start + chunk)
             rows = (positions_Q[here_Q] - start).to(logits.device)
             targets = targets_Q[here_Q].to(logits.device)
-            log_prob_Q[here_Q] = (logits[rows, targets] - logits.logsumexp(dim=-1)[rows]).double().cpu()
-            greedy_Q[here_Q] = (logits.argmax(dim=-1)[rows] == targets).cpu()
+            greedy_Q[here_Q] = (logits.max(dim=-1).indices[rows] == targets).cpu()
+            log_prob_Q[here_Q] = logits.log_softmax(dim=-1)[rows, targets].double().cpu()
         return log_prob_Q, greedy_Q
 
     # -- generation ----------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class KVCache:
         if self.store is not None:
             shape = list(self.store.shape)
             shape[2], shape[4] = len(rows), chosen.max_len
-            chosen.store = self.store.new_zeros(shape)
+            chosen.store = self.store.new_empty(shape)
             chosen.store[..., : self.length, :] = self.store[:, :, rows, :, : self.length]
         return chosen
 
