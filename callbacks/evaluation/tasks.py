@@ -9,7 +9,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,16 +82,18 @@ def load_tasks(suite: Suite, source: Source = Source()) -> LoadedTasks:
     missing: dict[str, str] = {}
     with preserved_random_state(), quiet_harness():
         managers = _task_managers(suite, source.folder)
+        is_offline = False
         for name in suite.tasks:
             seed_everything()  # for each: a task's data do not depend on which tasks came before it
             manager = next(manager for manager in managers if name in manager.task_index)
             is_own = manager is managers[0]
-            place = _dataset_cache(source.folder) if is_own else _data_of(source.mirror)
+            place = _dataset_cache(source.folder) if is_own else _data_of(source.mirror, is_offline)
             try:
                 with place:
                     by_name[name] = manager.load([name])
             except Exception as error:  # in many ways: no network, no such file, a package that is not installed
                 missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                is_offline |= isinstance(error, ConnectionError)
         for name, entry in by_name.items():
             for task_name, task in entry["tasks"].items():
                 _set_shots(task, suite.num_fewshot.get(name))
@@ -197,12 +199,16 @@ def _task_managers(suite: Suite, folder: Path | None) -> list[Any]:
 
 
 @contextmanager
-def _data_of(mirror: Path | None) -> Iterator[None]:
-    """Data sets come from a mirror: `datasets` prefers a folder `<org>/<name>` of the working directory to the hub."""
+def _data_of(mirror: Path | None, is_offline: bool) -> Iterator[None]:
+    """Data sets come from a mirror: `datasets` prefers a folder `<org>/<name>` of the working directory to the hub.
+
+    Without one the hub is asked; once it could not be reached, which takes it half a minute to find out, only the
+    user's cache is.
+    """
     import datasets
     from huggingface_hub import constants
 
-    if mirror is None:
+    if mirror is None and not is_offline:
         yield
         return
     homes: tuple[Any, ...] = (datasets.config, constants)
@@ -210,7 +216,7 @@ def _data_of(mirror: Path | None) -> Iterator[None]:
     try:
         for home in homes:
             home.HF_HUB_OFFLINE = True
-        with chdir(mirror):
+        with nullcontext() if mirror is None else chdir(mirror):
             yield
     finally:
         for home, value in zip(homes, former, strict=True):

@@ -1,6 +1,7 @@
 """Evaluation inside a run changes nothing but its results; and the command that evaluates a checkpoint."""
 
 import json
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from callbacks.evaluation import suites
 from callbacks.evaluation.suites import Suite
 from callbacks.evaluation.tasks import LoadedTasks, Source
 from callbacks.lm_evaluation import LMEvaluation
+from callbacks.safety import StopOnSignal
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 from modules.config import ModelConfig
 from modules.errors import InputError
@@ -273,6 +275,25 @@ class Stop(pl.Callback):
 def test_a_stopped_run_does_not_wait_for_an_evaluation(tokenizer: Tokenizer, task_dir: Path, tmp_path: Path) -> None:
     model, _ = fit(tokenizer, task_dir, tmp_path, LMEvaluation(tasks=["tiny_choose"]), Stop())
     assert len(model.losses) == 2 and not (tmp_path / "eval").exists()
+
+
+class Signal(pl.Callback):
+    """Tells the run to stop behind its second step, in front of the evaluation."""
+
+    def __init__(self, stopper: StopOnSignal) -> None:
+        self.stopper = stopper
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+        if trainer.global_step == 2:
+            self.stopper.received = signal.SIGTERM
+
+
+def test_an_evaluation_is_given_up_for_a_signal(tokenizer: Tokenizer, task_dir: Path, tmp_path: Path) -> None:
+    stopper = StopOnSignal()
+    callback = LMEvaluation(tasks=["tiny_choose"], every_n_steps=2)
+    with pytest.warns(UserWarning, match="evaluation at step 2 was given up for a signal to stop"):
+        model, memory = fit(tokenizer, task_dir, tmp_path, Signal(stopper), callback, stopper)
+    assert len(model.losses) == 2 and memory.rows == [] and callback.latest is None
 
 
 class Grow(pl.Callback):

@@ -1,4 +1,4 @@
-"""A metric that decides about the best checkpoint and about the end of a run, by evaluation and by validation."""
+"""Runs that are evaluated and validated: figures, the best checkpoint, the end of a run that ceases to improve."""
 
 import json
 from pathlib import Path
@@ -148,3 +148,23 @@ def test_validation_tells_the_losses_and_the_experts_of_each_language(world: Pat
     main(["report", str(run_dir)])
     page = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "Experts on English text" in page and "Experts on Chinese text" in page
+
+
+def test_validate_evaluates_tasks_that_are_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path / "run", world)
+    run_dir = runs.fit(config)
+    record = json.loads((run_dir / "eval" / "step-00000012.json").read_text())
+    path = runs.write({**config, "monitor": {}}, tmp_path / "config.yaml")
+    files = sorted(path for path in run_dir.rglob("*"))
+    capsys.readouterr()
+    words = ["validate", "--config", str(path), "--ckpt_path", str(run_dir / "checkpoints" / "step-00000012")]
+    main(words)
+    assert "eval/" not in capsys.readouterr().out  # tasks are for those who name them
+    main([*words, "--evaluation.suite", "synthetic"])
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("eval/", "val/")))
+    assert float(printed["val/perplexity_zh"]) > 1
+    for task in ("synthetic_facts_en", "synthetic_facts_zh"):
+        assert float(printed[f"eval/{task}"]) == pytest.approx(record["results"][task]["acc"], abs=1e-4)
+    assert sorted(path for path in run_dir.rglob("*")) == files
