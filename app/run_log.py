@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from app.metrics_table import FILE_NAME, Row, encode_row, format_number, read_table
 from modules.errors import InputError
 from modules.files import replace_file, sync_directory, sync_file
-from modules.jsonl import iterate_jsonl
+from modules.jsonl import append_jsonl, iterate_jsonl
 
 OPEN_ROWS = 4
 """rows at the end of the file that late metrics of their step may still change in place; older ones cost a rewrite"""
@@ -200,6 +200,13 @@ def rewind(run_dir: Path, step: int, stage: int | None = None) -> None:
         if number and int(number[1]) > step:
             path.rename(_free_name(path.with_name(f"{path.name}.superseded")))
             sync_directory(path.parent)
+
+
+def write_history(path: Path, records: list[dict[str, Any]]) -> None:
+    """A run in a new directory begins with the transitions that its checkpoint has gone through."""
+    if not path.exists():
+        for record in records:
+            append_jsonl(path, record)
 
 
 def rewind_jsonl(path: Path, step: int, keep: Callable[[Mapping[str, Any]], bool] = lambda record: True) -> None:

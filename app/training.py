@@ -16,10 +16,11 @@ from app import checkpoint as store
 from app import checkpoint_folder
 from app.checkpoint_io import DirectoryCheckpointIO
 from app.launcher import follow_parent, parting
+from app.outputs import check_new_output
 from app.parsing import OneLineParser
 from app.plan import PlannedStage, plan_stages
 from app.resume import choose_checkpoint
-from app.run_log import RunLog
+from app.run_log import RunLog, write_history
 from app.start import start_from
 from app.strategies import ExpertParallelStrategy
 from app.trainer import checked, trainer_in
@@ -41,7 +42,6 @@ from modules.config import ModelConfig
 from modules.dense import DenseLM  # noqa: F401
 from modules.errors import InputError
 from modules.files import replace_file
-from modules.jsonl import append_jsonl
 from modules.language_model import LanguageModel
 from modules.mixture import MoELM  # noqa: F401
 from modules.moe_config import check_groups
@@ -149,6 +149,7 @@ class TrainingCLI(LightningCLI):
             self.datamodule.trainer = self.trainer
             self.datamodule.load_state_dict(metadata["data_position"])
         evaluation: LMEvaluation = self._get(self.config_init, "evaluation")
+        evaluation.refuse_output()
         evaluation.prepare(self.datamodule, architectures)
         validated = validation_names(self.datamodule.languages)
         self._get(self.config_init, "monitor").check({*validated, *evaluation.metric_names})
@@ -169,8 +170,10 @@ class TrainingCLI(LightningCLI):
     def before_validate(self) -> None:
         """Validation needs a checkpoint, and writes nothing."""
         requested = self._get(self.config_init, "ckpt_path")
+        about: dict[str, Any] = {"checkpoint": requested or self.model.start_from}
         if requested is not None:
-            self._restore_shape(self._named_checkpoint(requested))
+            metadata = self._restore_shape(self._named_checkpoint(requested))
+            about |= {key: metadata[key] for key in ("step", "tokens")}
         elif self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
         else:
@@ -180,6 +183,9 @@ class TrainingCLI(LightningCLI):
             )
         self._check_data()
         evaluation: LMEvaluation = self._get(self.config_init, "evaluation")
+        evaluation.about = about
+        if evaluation.output is not None:
+            check_new_output(evaluation.output)
         if evaluation.suite is not None:
             evaluation.prepare(self.datamodule, [self.model.architecture])
 
@@ -285,7 +291,7 @@ class TrainingCLI(LightningCLI):
             replace_file(run_dir / "config.yaml", text.encode())
             if chosen is not None:
                 run_log.resume_at(metadata["step"], metadata["stage"])
-                _write_history(run_dir / "transitions.jsonl", metadata["transition_records"])
+                write_history(run_dir / "transitions.jsonl", metadata["transition_records"])
                 if chosen.parent.resolve() == (run_dir / "checkpoints").resolve():
                     checkpoint_folder.supersede_later(chosen)
                     checkpoint_folder.remove_unfinished(chosen.parent)
@@ -319,10 +325,3 @@ def run(arguments: Sequence[str], cli: type[TrainingCLI] = TrainingCLI) -> None:
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
-
-
-def _write_history(path: Path, records: list[dict[str, Any]]) -> None:
-    """A run in a new directory begins with the transitions that its checkpoint has gone through."""
-    if not path.exists():
-        for record in records:
-            append_jsonl(path, record)

@@ -2,18 +2,26 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.cadence import finished_step, tokens_seen
 from callbacks.evaluation.company import Stopped
-from callbacks.evaluation.publishing import beside_transition, log_examples, write_record
 from callbacks.evaluation.suites import Suite, choose_suite, load_suite, load_suites
-from callbacks.evaluation.tasks import LoadedTasks, Missing, Source, load_tasks, preserved_random_state
+from callbacks.evaluation.tasks import LoadedTasks, Missing, Source, load_tasks
+from callbacks.evaluation.trainer_side import (
+    beside_transition,
+    lm_eval_is_installed,
+    log_examples,
+    tell,
+    trainer_precision,
+    warn_of_failure,
+    write_record,
+)
 from callbacks.safety import StopOnSignal
 from modules.config import ModelConfig
 from modules.errors import InputError, require_not_negative, require_positive
@@ -22,8 +30,6 @@ from modules.world import world_of
 
 if TYPE_CHECKING:
     from callbacks.evaluation.harness import Harness
-_NO_SOURCE = 1_000_000
-"""stack level above every frame: Python then shows the warning in one line, without the line of code that gave it"""
 
 
 class LMEvaluation(pl.Callback):
@@ -50,6 +56,7 @@ class LMEvaluation(pl.Callback):
         missing: what to do about tasks whose data are not at hand: error names them before training starts, skip warns
             and goes on with the others.
         examples: questions of each task that the table of W&B shows.
+        output: for validate, which writes nothing else: a file for the results, which must not exist yet.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class LMEvaluation(pl.Callback):
         data_mirror: Path | None = None,
         missing: Missing = "error",
         examples: int = 3,
+        output: Path | None = None,
     ) -> None:
         super().__init__()
         if suite is not None and tasks is not None:
@@ -92,6 +100,9 @@ class LMEvaluation(pl.Callback):
         self.max_batch_tokens = max_batch_tokens
         self.data_mirror, self.missing = data_mirror, missing
         self.examples = examples
+        self.output = output
+        self.about: dict[str, Any] = {}
+        """what a record says of the network instead of the trainer's step and tokens"""
         self.latest: dict[str, Any] | None = None
         """the newest record, as written to its file; for whoever shows it"""
         self.latest_metrics: dict[str, float] = {}
@@ -117,6 +128,13 @@ class LMEvaluation(pl.Callback):
             names |= {name} if name in entry["tasks"] or name in entry["groups"] else set(entry["tasks"])
         return {f"eval/{name}" for name in names}
 
+    def refuse_output(self) -> None:
+        """Raise `InputError` for a file that `fit` would not write."""
+        if self.output is not None:
+            raise InputError(
+                f"evaluation.output={self.output} is for validate; fit writes eval/step-*.json: leave it out"
+            )
+
     def prepare(self, datamodule: Any, architectures: Sequence[ModelConfig] = ()) -> None:
         """Load the tasks and their data sets; what is wrong with them shows here, before a run writes anything.
 
@@ -134,7 +152,7 @@ class LMEvaluation(pl.Callback):
         folder = getattr(datamodule, "task_dir", None)
         if self.suite is None and folder is not None:
             self.suite = load_suite("synthetic")
-        if self.suite is None or not self.is_wanted or not _is_installed():
+        if self.suite is None or not self.is_wanted or not lm_eval_is_installed():
             return
         if self.suite.embedded and folder is None:
             raise InputError(
@@ -150,7 +168,7 @@ class LMEvaluation(pl.Callback):
         self._tasks = load_tasks(self.suite, Source(folder, self.data_mirror, self.missing))
         if self._tasks.missing:
             names = ", ".join(self._tasks.missing)
-            _tell(f"evaluation suite {self.suite.name!r} goes without {names}, whose data are not at hand")
+            tell(f"evaluation suite {self.suite.name!r} goes without {names}, whose data are not at hand")
 
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         """Load the tasks, unless `prepare` has been called with this data already."""
@@ -186,7 +204,7 @@ class LMEvaluation(pl.Callback):
             self.evaluate_now(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """Under `growmoe validate`, evaluate too when tasks are named; nothing is written."""
+        """Under `growmoe validate`, evaluate too when tasks are named."""
         if trainer.state.fn == "validate":
             self.evaluate_now(trainer, pl_module)
 
@@ -213,10 +231,10 @@ class LMEvaluation(pl.Callback):
         try:
             record = self._evaluate(trainer, pl_module, transition)
         except Stopped:
-            _tell(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
+            tell(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
             return None
         except Exception as error:
-            _warn(trainer, "evaluation", error)
+            warn_of_failure(trainer, "evaluation", error)
             return None
         if record is not None:
             for callback in trainer.callbacks:
@@ -241,28 +259,29 @@ class LMEvaluation(pl.Callback):
         outcome = self._ready_harness(trainer).evaluate(
             pl_module.network,
             world_of(trainer),
-            precision=trainer.precision_plugin.forward_context,
+            precision=partial(trainer_precision, trainer),
             is_told=lambda: stopper is not None and stopper.received is not None,
-            on_failure=lambda task, error: _warn(trainer, f"evaluation of {task}", error),
+            on_failure=lambda task, error: warn_of_failure(trainer, f"evaluation of {task}", error),
         )
         if not outcome.results:
             return None
-        precision = str(trainer.precision)
-        when = {"step": trainer.global_step, "tokens": tokens_seen(trainer), "precision": precision}
-        record = {**when, **outcome.record()}
-        path = Path(trainer.default_root_dir) / "eval" / f"step-{trainer.global_step:08d}.json"
-        if transition is not None:
+        when = {"step": trainer.global_step, "tokens": tokens_seen(trainer), **self.about}
+        record = {**when, "precision": str(trainer.precision), **outcome.record()}
+        path = self.output
+        if trainer.state.fn == "fit":
+            path = Path(trainer.default_root_dir) / "eval" / f"step-{trainer.global_step:08d}.json"
+        if transition is not None and path is not None:
             record |= beside_transition(path, transition)
         self.latest = record
         self.latest_metrics = {f"eval/{task}": value for task, value in outcome.headline.items() if value is not None}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest_metrics.items()})
         try:  # whatever goes wrong here goes wrong on the first process alone
             log_metrics(trainer, {**self.latest_metrics, "perf/eval_s": time.perf_counter() - began})
-            if trainer.is_global_zero and trainer.state.fn == "fit":
+            if trainer.is_global_zero and path is not None:
                 write_record(path, record)
                 log_examples(trainer, outcome.examples)
         except Exception as error:
-            _warn(trainer, "writing the evaluation", error)
+            warn_of_failure(trainer, "writing the evaluation", error)
         return record
 
     def _ready_harness(self, trainer: pl.Trainer) -> "Harness":
@@ -295,23 +314,3 @@ class HearsOfEvaluations(Protocol):
     ) -> None:
         """Called behind each evaluation, on all processes."""
         ...
-
-
-def _is_installed() -> bool:
-    """Whether lm-eval can be imported; warns when it cannot."""
-    try:
-        with preserved_random_state():
-            import lm_eval.evaluator  # noqa: F401
-    except ImportError as error:
-        _tell(f"lm-eval cannot be imported ({error}), so evaluation is off; install lm-eval to switch it on")
-        return False
-    return True
-
-
-def _warn(trainer: pl.Trainer, what: str, error: Exception) -> None:
-    _tell(f"{what} at step {trainer.global_step} failed, and training goes on ({type(error).__name__}: {error})")
-
-
-def _tell(text: str) -> None:
-    """A warning of the first process."""
-    rank_zero_warn(text, stacklevel=_NO_SOURCE)

@@ -90,12 +90,10 @@ class Batch:
 class Plans:
     """Batches of requests that were asked before: tokenizing what a suite asks takes longer than answering it."""
 
-    known: dict[bytes, tuple[int, list[Batch]]] = field(default_factory=dict)
+    known: dict[bytes, list[Batch]] = field(default_factory=dict)
 
-    def get(
-        self, key: Sequence[Any], texts: Sequence[tuple[str, ...]], make: Callable[[], tuple[int, list[Batch]]]
-    ) -> tuple[int, list[Batch]]:
-        """Number of requests and batches for texts, and for all else that they depend on."""
+    def get(self, key: Sequence[Any], texts: Sequence[tuple[str, ...]], make: Callable[[], list[Batch]]) -> list[Batch]:
+        """The batches for texts, and for all else that they depend on."""
         digest = hashlib.blake2b(repr(key).encode())
         for text in texts:
             digest.update(repr(text).encode("utf-8", "surrogatepass"))

@@ -102,7 +102,9 @@ class HarnessLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-probability of each continuation after its context, and whether greedy decoding would produce it."""
         pairs = [request.args for request in requests]
-        return self._answers("pairs", pairs, lambda: self._encode_pairs(pairs))
+        text = (self.tokenizer_name, self.text.begins, self.prefix_token_id)
+        key = (text, self.max_batch_tokens, self.max_length)
+        return self._answers(len(pairs), self.plans.get(key, pairs, lambda: self._plan(self._encode_pairs(pairs))))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability of each whole text, in windows of the model's length; each token is predicted once."""
@@ -155,20 +157,13 @@ class HarnessLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         """Score continuations after contexts that already hold their begin token."""
-        ids = [(tuple(map(int, context)), tuple(map(int, continuation))) for _, context, continuation in requests]
-        return self._answers("tokens", ids, lambda: requests)
+        return self._answers(len(requests), self._plan(requests))
 
-    def _answers(
-        self, kind: str, asked: Sequence[tuple[Any, ...]], encode: Callable[[], Sequence[Request]]
-    ) -> list[tuple[float, bool]]:
-        """What each request scores; an empty continuation is certain."""
+    def _plan(self, requests: Sequence[Request]) -> list[Batch]:
+        return plan_batches(distinct_rows(requests, self.max_length), self.max_batch_tokens, self.max_length)
 
-        def plan() -> tuple[int, list[Batch]]:
-            rows = distinct_rows(encode(), self.max_length)
-            return len(asked), plan_batches(rows, self.max_batch_tokens, self.max_length)
-
-        text = (self.tokenizer_name, self.text.begins, self.prefix_token_id)
-        number, batches = self.plans.get((kind, text, self.max_batch_tokens, self.max_length), asked, plan)
+    def _answers(self, number: int, batches: Sequence[Batch]) -> list[tuple[float, bool]]:
+        """What so many requests score; an empty continuation is certain."""
         answer_2Q = torch.zeros(2, number, dtype=torch.float64)
         world = self.company.world
         mine = batches[world.data_rank :: world.data_ranks]

@@ -91,6 +91,7 @@ def test_the_best_checkpoint_can_be_continued(world: Path, tmp_path: Path) -> No
         (["--monitor.metric=val/loss", "--monitor.patience=0"], "monitor.patience=0 must be at least 1"),
         (["--monitor.patience=3"], "has no metric to watch"),
         (["--monitor.metric=val/loss", "--monitor.min_delta=-1"], "monitor.min_delta=-1.0"),
+        (["--evaluation.output=x.json"], "evaluation.output=x.json is for validate"),
         (["--evaluation.every_n_tokens=0"], "evaluation.every_n_tokens=0 must be at least 1"),
         (["--evaluation.suite=cor_en"], "no evaluation suite is called 'cor_en'"),
         (["--evaluation.data_mirror=/no/such/place", "--evaluation.suite=core_en"], "data_mirror=/no/such/place"),
@@ -168,3 +169,11 @@ def test_validate_evaluates_tasks_that_are_named(
     for task in ("synthetic_facts_en", "synthetic_facts_zh"):
         assert float(printed[f"eval/{task}"]) == pytest.approx(record["results"][task]["acc"], abs=1e-4)
     assert sorted(path for path in run_dir.rglob("*")) == files
+    output = tmp_path / "results.json"
+    main([*words, "--evaluation.suite", "synthetic", "--evaluation.output", str(output)])
+    found = json.loads(output.read_text())
+    checkpoint = found.pop("checkpoint")
+    assert found == record and checkpoint.endswith("step-00000012")
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--evaluation.suite", "synthetic", "--evaluation.output", str(output)])
+    assert ended.value.code == 2 and "nothing is ever overwritten" in capsys.readouterr().err

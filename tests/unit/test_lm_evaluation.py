@@ -203,7 +203,7 @@ def test_a_disk_that_refuses_warns_too(
     def refuse(path: Path, data: bytes) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("callbacks.evaluation.publishing.replace_file", refuse)
+    monkeypatch.setattr("callbacks.evaluation.trainer_side.replace_file", refuse)
     callback = LMEvaluation(tasks=["tiny_choose"])
     with pytest.warns(UserWarning, match="step 4 failed.*no space left"):
         fit(tokenizer, task_dir, tmp_path, callback)
