@@ -103,7 +103,7 @@ def tokens_of(adapter: HarnessLM, requests: list[Any]) -> str:
     if requests[0].request_type != "loglikelihood":
         return ""
     rows = distinct_rows(adapter._encode_pairs([request.args for request in requests]), adapter.max_length)
-    batches = plan_batches(rows, adapter.max_batch_tokens, adapter.max_length)
+    batches = plan_batches(rows, adapter.max_batch_tokens)
     return f"{sum(len(row.inputs) for row in rows):,} / {sum(batch.num_tokens for batch in batches):,}"
 
 

@@ -1,4 +1,4 @@
-"""Forward passes for many requests: one row per distinct input, what rows have in common computed once.
+"""Forward passes for many requests: one row per distinct input, what rows have in common computed once, no padding.
 
 Requests whose context and continuation agree up to the last token share a row: the answers A, B, C, D of a question
 cost one. Rows that begin alike (the endings of a story, the questions behind the same shots) are a family: their common
@@ -17,12 +17,14 @@ from modules.errors import InputError
 
 MIN_SHARED = 16
 """Tokens that rows must have in common for their beginning to be computed apart: a pass more has a price."""
-PREFIX_STEP = 16
-"""Families whose beginnings differ by fewer tokens stand beside each other."""
+SUFFIX_STEP = 8
+"""Families whose longest ends differ by fewer tokens stand beside each other."""
+KEYS_PER_TOKEN = 4
+"""Keys that attention may look at in a batch, padding and what is lent included, for each token of the budget."""
 LARGE_ENOUGH = 1024
 """Tokens of a batch from which on it pays to begin another one rather than to pad."""
-MOST_PADDING = 1.2
-"""... if with the next row a batch had so many times the tokens that are asked for."""
+MOST_PADDING = 1.5
+"""... if with the next row attention had so many times the tokens of the rows."""
 
 Request = tuple[tuple[str, ...], Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 """Texts, and the ids of context and continuation: lm-eval's own order."""
@@ -69,19 +71,13 @@ class Batch:
         """Whether something is computed in front of the rows."""
         return self.families[0].shared > 0
 
-    @property
-    def starts(self) -> list[int]:
-        """Where the beginning of each family stands, padded on the left to the longest."""
-        longest = max(family.shared for family in self.families)
-        return [longest - family.shared for family in self.families]
-
     def suffix(self, place: int) -> np.ndarray:
         """The inputs of a row behind its family's beginning."""
         return self.rows[place].inputs[self.families[self.family_of_row[place]].shared :]
 
     @property
     def num_tokens(self) -> int:
-        """Inputs that this batch computes, padding left out."""
+        """Inputs that this batch computes."""
         prefixes = sum(family.shared for family in self.families)
         return prefixes + sum(len(self.suffix(place)) for place in range(len(self.rows)))
 
@@ -125,20 +121,19 @@ def distinct_rows(requests: Sequence[Request], max_length: int) -> list[Row]:
     return list(rows.values())
 
 
-def plan_batches(rows: Sequence[Row], max_batch_tokens: int, max_length: int) -> list[Batch]:
+def plan_batches(rows: Sequence[Row], max_batch_tokens: int) -> list[Batch]:
     """All rows in batches, the longest first.
 
     Args:
         rows: distinct ones.
-        max_batch_tokens: of a batch, rows times the longest row, with its family's beginning and padding.
-        max_length: positions that the model has, padding included.
+        max_batch_tokens: of a forward pass; a longer row has one of its own.
     """
     families = find_families(rows)
     alone = sorted((family for family in families if not family.shared), key=lambda family: -len(family.rows[0].inputs))
     related = sorted((family for family in families if family.shared), key=_family_order)
     batches: list[Batch] = []
     for kind in (related, alone):
-        packing = _Packing(max_batch_tokens, max_length)
+        packing = _Packing(max_batch_tokens)
         for family in kind:
             for row in sorted(family.rows, key=lambda row: -len(row.inputs)):
                 if not packing.has_room(family, row):
@@ -215,45 +210,48 @@ def _children_first(left: Sequence[int], right: Sequence[int], root: int) -> lis
 
 
 def _family_order(family: Family) -> tuple[int, int]:
-    """Families of about the same length beside each other, the longest first."""
-    longest = max(len(row.inputs) for row in family.rows)
-    return -family.shared // PREFIX_STEP, family.shared - longest
+    """Families with ends and beginnings of about the same length beside each other, the longest first."""
+    suffix = max(len(row.inputs) for row in family.rows) - family.shared
+    return -suffix // SUFFIX_STEP, -family.shared
 
 
 class _Packing:
     """A batch in the making."""
 
-    def __init__(self, max_batch_tokens: int, max_length: int) -> None:
-        self.max_batch_tokens, self.max_length = max_batch_tokens, max_length
+    def __init__(self, max_batch_tokens: int) -> None:
+        self.max_batch_tokens = max_batch_tokens
         self._clear()
 
     def _clear(self) -> None:
         self.families: list[Family] = []
         self.rows: list[Row] = []
         self.family_of_row: list[int] = []
-        self.prefix = self.suffix = self.num_asked = 0
+        self.prefix = self.suffix = self.num_begun = self.num_own = 0
 
     def has_room(self, family: Family, row: Row) -> bool:
-        """Whether a row may come: for the budget, and for what it would pad. The first one always may."""
+        """Whether a row may come: for the budget, and for what attention would pad. The first one always may."""
         if not self.rows:
             return True
-        own, new = len(row.inputs) - family.shared, 0 if self.families[-1] is family else 1
+        own, new = len(row.inputs) - family.shared, self.families[-1] is not family
+        begun, tokens = self.num_begun + new * family.shared, self.num_own + own
         prefix, suffix = max(self.prefix, family.shared), max(self.suffix, own)
-        rows, families = len(self.rows) + 1, len(self.families) + new
-        if rows * (prefix + suffix) > self.max_batch_tokens or prefix + suffix > self.max_length:
-            return False
-        padded, asked = families * prefix + rows * suffix, self.num_asked + own + new * family.shared
-        is_small = len(self.families) * self.prefix + len(self.rows) * self.suffix < LARGE_ENOUGH
-        return is_small or padded <= MOST_PADDING * asked
+        rows = len(self.rows) + 1
+        is_small = tokens < LARGE_ENOUGH
+        return (
+            tokens <= self.max_batch_tokens
+            and (not new or begun <= self.max_batch_tokens)
+            and rows * (prefix + suffix) <= KEYS_PER_TOKEN * self.max_batch_tokens
+            and (is_small or rows * suffix <= MOST_PADDING * tokens)
+        )
 
     def add(self, family: Family, row: Row) -> None:
         """Put a row in."""
         if not self.families or self.families[-1] is not family:
             self.families.append(family)
-            self.num_asked += family.shared
+            self.num_begun += family.shared
         self.rows.append(row)
-        self.num_asked += len(row.inputs) - family.shared
         self.family_of_row.append(len(self.families) - 1)
+        self.num_own += len(row.inputs) - family.shared
         self.prefix = max(self.prefix, family.shared)
         self.suffix = max(self.suffix, len(row.inputs) - family.shared)
 

@@ -3,7 +3,7 @@
 Importing this file imports lm-eval (seconds): do it where an evaluation begins, not at a program's start.
 `transformers` is not needed and not imported.
 
-Letters: B batch, L sequence, D model, N scored positions, Q asked tokens.
+Letters: L sequence, D model, N scored positions, Q asked tokens.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from callbacks.evaluation.batching import Batch, Plans, Request, distinct_rows, plan_batches
 from callbacks.evaluation.company import Company
-from callbacks.evaluation.lending import Lender, Scored, padded
+from callbacks.evaluation.lending import Lender, Scored
 from callbacks.evaluation.text_side import TextSide
 from modules.errors import InputError
 from modules.generation import begin, complete
@@ -47,8 +47,8 @@ class HarnessLM(TemplateLM):
     Args:
         network: a `Transformer` in eval mode.
         text: its tokenizer, and what it expects in front of a text.
-        max_batch_tokens: rows times the longest row of a batch, with the keys and values that it is lent; a single
-            longer row is still evaluated.
+        max_batch_tokens: tokens of a forward pass, a single longer row excepted; with padding and what is lent to them,
+            rows take up to `KEYS_PER_TOKEN` times as many keys.
         company: the processes that evaluate together; only this one when left out.
         plans: of former evaluations.
         on_progress: told how far this process is.
@@ -160,7 +160,8 @@ class HarnessLM(TemplateLM):
         return self._answers(len(requests), self._plan(requests))
 
     def _plan(self, requests: Sequence[Request]) -> list[Batch]:
-        return plan_batches(distinct_rows(requests, self.max_length), self.max_batch_tokens, self.max_length)
+        rows = distinct_rows(requests, self.max_length)
+        return plan_batches(rows, self.max_batch_tokens)
 
     def _answers(self, number: int, batches: Sequence[Batch]) -> list[tuple[float, bool]]:
         """What so many requests score; an empty continuation is certain."""
@@ -178,15 +179,8 @@ class HarnessLM(TemplateLM):
         return list(zip(log_probs.tolist(), (wrong == 0).tolist(), strict=True))
 
     def _score(self, batch: Batch, lender: "Lender", answer_2Q: Tensor) -> None:
-        """Fill in, for each request of a batch, its log-probability, and 1 where greedy decoding would differ.
-
-        Rows are padded on the right, which causal attention does not see.
-        """
-        suffixes = [batch.suffix(place) for place in range(len(batch.rows))]
-        inputs_BL = padded(suffixes, self.eot_token_id, self._device)
-        cache, prefix_FPD = lender.begin(batch, inputs_BL.shape[1])
-        self.company.before_forward()
-        hidden_BLD, _ = self.network(inputs_BL, cache=cache, decoding=True)
+        """Fill in, for each request of a batch, its log-probability, and 1 where greedy decoding would differ."""
+        begun_TD, own_TD = lender.run(batch)
         scored = Scored(batch)
         positions, targets, requests = [], [], []
         for row, places in zip(batch.rows, scored.places_of_row, strict=True):
@@ -195,7 +189,7 @@ class HarnessLM(TemplateLM):
                 targets.append(continuation.astype(np.int64))
                 requests.append((index, len(continuation)))
         log_prob_Q, greedy_Q = self._head(
-            scored.pick(prefix_FPD, hidden_BLD),
+            scored.pick(begun_TD, own_TD),
             torch.from_numpy(np.concatenate(positions)),
             torch.from_numpy(np.concatenate(targets)),
         )

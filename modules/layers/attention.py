@@ -15,6 +15,7 @@ from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.functional.attention import attend
 from modules.layers.norm import RMSNorm
+from modules.layers.packed import PackedRows
 from modules.layers.precision import to_compute
 
 
@@ -115,17 +116,17 @@ class KVCache:
         self.store[layer, 1, :, :, self.length : end] = values
         return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
-    def select(self, rows: Tensor, max_len: int | None = None) -> "KVCache":
-        """A copy with these rows of the batch, of which one may come several times, and with room for more tokens."""
+    def select(self, rows: Tensor) -> "KVCache":
+        """The same cache with only these rows of the batch."""
         chosen = copy(self)
-        chosen.max_len = max_len or self.max_len
+        chosen.store = None if self.store is None else self.store[:, :, rows]
         chosen.start_B = self.start_B[rows]
-        if self.store is not None:
-            shape = list(self.store.shape)
-            shape[2], shape[4] = len(rows), chosen.max_len
-            chosen.store = self.store.new_empty(shape)
-            chosen.store[..., : self.length, :] = self.store[:, :, rows, :, : self.length]
         return chosen
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of new queries [B, H, L, C] over all keys so far, the new ones among them."""
+        key, value = self.append(layer, key, value)
+        return attend(query, key.to(query.dtype), value.to(query.dtype), mask)
 
 
 class Attention(nn.Module):
@@ -150,16 +151,17 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
         layer: int,
-        cache: KVCache | None = None,
+        cache: KVCache | PackedRows | None = None,
     ) -> Tensor:
         """Mix positions: [B, L, D] to [B, L, D]. `mask` is True where a query sees a key; None means causal."""
         hidden_BLD = to_compute(hidden_BLD)
         query = rotate(self._normed(self.q_norm, self.q_proj(hidden_BLD)), *rotary)
         key = rotate(self._normed(self.k_norm, self.k_proj(hidden_BLD)), *rotary)
         value = self._split(self.v_proj(hidden_BLD))
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        mixed = attend(query, key.to(query.dtype), value.to(query.dtype), mask)
+        if cache is None:
+            mixed = attend(query, key.to(query.dtype), value.to(query.dtype), mask)
+        else:
+            mixed = cache.attend(layer, query, key, value, mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     @staticmethod

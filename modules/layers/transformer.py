@@ -17,6 +17,7 @@ from modules.layers.experts import RoutedExperts
 from modules.layers.feedforward import FeedForward
 from modules.layers.norm import RMSNorm
 from modules.layers.output import LocalOutput, Output
+from modules.layers.packed import PackedRows
 from modules.world import ONE_PROCESS, fill
 
 _INTO_RESIDUAL = ("o_proj.weight", "down.weight", "experts.down")
@@ -45,7 +46,7 @@ class Block(nn.Module):
         hidden_BLD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | PackedRows | None,
         decoding: bool,
     ) -> tuple[Tensor, RoutingStats | None]:
         """The block's output and, for a routed layer, what its router did."""
@@ -95,7 +96,7 @@ class Transformer(nn.Module):
         *,
         position_ids_BL: Tensor | None = None,
         document_ids_BL: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PackedRows | None = None,
         decoding: bool = False,
     ) -> tuple[Tensor, list[RoutingStats]]:
         """Hidden states after the final norm [B, L, D], and the stats of each routed layer.
@@ -104,7 +105,8 @@ class Transformer(nn.Module):
             tokens_BL: token ids.
             position_ids_BL: rotary positions; counted from 0 when left out.
             document_ids_BL: attention stays inside equal ids (and causal); one document when left out.
-            cache: append to this cache and attend to what it holds; positions then come from it.
+            cache: append to this cache and attend to what it holds, or keep packed rows apart; positions then come
+                from it.
             decoding: no token's output may depend on later tokens or on other rows, as it does through the capacity of
                 experts: none is dropped. A cache implies it.
 
@@ -112,7 +114,7 @@ class Transformer(nn.Module):
             InputError: more tokens than `config.max_seq_len`; expert choice while decoding.
         """
         length = tokens_BL.shape[1]
-        if length > self.config.max_seq_len:
+        if length > self.config.max_seq_len and not isinstance(cache, PackedRows):
             raise InputError(
                 f"sequence of {length} tokens is longer than max_seq_len={self.config.max_seq_len}; "
                 "shorten it (data.seq_len) or raise model.architecture.max_seq_len"

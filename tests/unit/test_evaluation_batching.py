@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from callbacks.evaluation import batching
 from callbacks.evaluation.batching import Batch, Request, Row, distinct_rows, find_families, plan_batches
 from callbacks.evaluation.company import Company
-from callbacks.evaluation.lending import Lender, padded
+from callbacks.evaluation.lending import Lender
 from modules.config import ModelConfig
 from modules.layers.transformer import Transformer
 
@@ -43,11 +43,13 @@ def ids_behind(batch: Batch, place: int) -> Ids:
 
 @given(requests(), st.integers(1, 60))
 def test_every_request_is_in_one_row_of_one_batch(asked: list[Request], budget: int) -> None:
-    batches = plan_batches(distinct_rows(asked, 16), budget, 16)
+    batches = plan_batches(distinct_rows(asked, 16), budget)
     seen: list[int] = []
     for batch in batches:
-        longest = max(len(row.inputs) for row in batch.rows)
-        assert len(batch.rows) == 1 or len(batch.rows) * longest <= budget
+        own = sum(len(batch.suffix(place)) for place in range(len(batch.rows)))
+        begun = sum(family.shared for family in batch.families)
+        assert len(batch.rows) == 1 or own <= budget
+        assert len(batch.families) == 1 or begun <= budget
         for place, row in enumerate(batch.rows):
             assert ids_behind(batch, place) == row.inputs.tolist()
             assert len(batch.suffix(place)) >= 1
@@ -94,7 +96,7 @@ def test_families_compute_as_little_as_possible(asked: list[Request]) -> None:
 def test_shots_are_computed_once_for_all_questions() -> None:
     shots = list(range(4, 44))
     asked: list[Request] = [(("", ""), [*shots, question], [answer]) for question in range(4) for answer in (1, 2)]
-    (batch,) = plan_batches(distinct_rows(asked, 64), 1000, 64)
+    (batch,) = plan_batches(distinct_rows(asked, 64), 1000)
     assert len(batch.families) == 1 and batch.families[0].shared == 40 and len(batch.rows) == 4
     assert batch.num_tokens == 44
 
@@ -102,7 +104,7 @@ def test_shots_are_computed_once_for_all_questions() -> None:
 def test_a_large_family_comes_in_several_batches_and_its_beginning_is_computed_once() -> None:
     shots = list(range(4, 24))
     asked: list[Request] = [(("", ""), [*shots, question], [3]) for question in range(4)]
-    batches = plan_batches(distinct_rows(asked, 64), 45, 64)
+    batches = plan_batches(distinct_rows(asked, 64), 11)
     assert [len(batch.rows) for batch in batches] == [2, 2]
     network = Transformer(ModelConfig(vocab_size=32, dim=8, num_layers=1, num_heads=2, max_seq_len=64)).eval()
     lengths: list[int] = []
@@ -110,9 +112,8 @@ def test_a_large_family_comes_in_several_batches_and_its_beginning_is_computed_o
     lender = Lender(network, Company(network), torch.device("cpu"))
     with torch.no_grad():
         for batch in batches:
-            suffixes = padded([batch.suffix(place) for place in range(len(batch.rows))], 0, torch.device("cpu"))
-            network(suffixes, cache=lender.begin(batch, suffixes.shape[1])[0])
-    assert lengths == [20, 1, 1]
+            lender.run(batch)
+    assert lengths == [20, 2, 2]
 
 
 def test_thousands_of_rows_with_one_beginning_are_no_deep_recursion() -> None:
