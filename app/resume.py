@@ -6,7 +6,7 @@ from app import checkpoint as store
 from app.checkpoint_folder import list_checkpoints, newest_valid
 from modules.errors import InputError
 
-LOGS = ("metrics.csv", "transitions.jsonl", "expert_load.jsonl", "language_load.jsonl")
+LOGS = ("metrics.csv", "transitions.jsonl", "expert_load.jsonl", "language_load.jsonl", "monitor.jsonl")
 
 
 def choose_checkpoint(run_dir: Path, requested: str | None, is_writer: bool = True) -> tuple[Path | None, list[Path]]:

@@ -181,9 +181,9 @@ class RunLog(Logger):
 def rewind(run_dir: Path, step: int, stage: int | None = None) -> None:
     """Drop from the logs of a run what happened after a checkpoint that it is resumed from.
 
-    `metrics.csv`, `expert_load.jsonl`, `language_load.jsonl` and `transitions.jsonl` lose what is past `step`; a
-    transition at exactly that step stays if the checkpoint is past it, that is if its `stage` is at most the
-    checkpoint's (None: it stays). A file
+    `metrics.csv` and the logs in JSON Lines lose what is past `step`; a transition, or what was measured behind it, at
+    exactly that step stays if the checkpoint is past it, that is if its `stage` is at most the checkpoint's (None: it
+    stays). A file
     that loses anything is first kept whole as `<name>.until-step-<its last step>`, under a new name each time. Results
     `eval/step-*.json` of later steps are renamed to end in `.superseded`.
     """
@@ -194,7 +194,8 @@ def rewind(run_dir: Path, step: int, stage: int | None = None) -> None:
     _rewind_metrics(run_dir / FILE_NAME, step)
     rewind_jsonl(run_dir / "expert_load.jsonl", step)
     rewind_jsonl(run_dir / "language_load.jsonl", step)
-    rewind_jsonl(run_dir / "transitions.jsonl", step, is_applied)
+    for name in ("transitions.jsonl", "monitor.jsonl"):
+        rewind_jsonl(run_dir / name, step, is_applied)
     for path in sorted((run_dir / "eval").glob("step-*.json")):
         number = re.fullmatch(r"step-(\d+)\.json", path.name)
         if number and int(number[1]) > step:

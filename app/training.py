@@ -152,7 +152,7 @@ class TrainingCLI(LightningCLI):
         evaluation.refuse_output()
         evaluation.prepare(self.datamodule, architectures)
         validated = validation_names(self.datamodule.languages)
-        self._get(self.config_init, "monitor").check({*validated, *evaluation.metric_names})
+        self._get(self.config_init, "monitor").check({*validated, *evaluation.metric_names}, evaluation.error_names)
         for path in damaged:
             sys.stderr.write(f"growmoe fit: checkpoint {path} is damaged and passed over\n")
         self._open_run(run_dir, chosen, metadata)
@@ -187,7 +187,7 @@ class TrainingCLI(LightningCLI):
         if evaluation.output is not None:
             check_new_output(evaluation.output)
         if evaluation.suite is not None:
-            evaluation.prepare(self.datamodule, [self.model.architecture])
+            evaluation.prepare(self.datamodule, [self.model.architecture], is_asked=True)
 
     def after_validate(self) -> None:
         """Print what was measured."""
@@ -197,6 +197,8 @@ class TrainingCLI(LightningCLI):
         metrics = {name: float(value) for name, value in sorted(self.trainer.callback_metrics.items())}
         if self.trainer.is_global_zero:
             sys.stdout.write("".join(f"{name} {value:.4f}\n" for name, value in metrics.items()))
+        if self._get(self.config_init, "evaluation").failures:
+            sys.exit(1)
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 

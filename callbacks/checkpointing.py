@@ -46,10 +46,10 @@ class Checkpointing(Checkpoint):
         self.keep_last = keep_last
         self._kept: list[str] = []
         self._best: str | None = None
+        self._begun: str | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Save the start of a fresh run, so that there is always something to continue from."""
-        self._link_best(trainer)
         if trainer.global_step == 0:
             self._save_regular(trainer)
 
@@ -80,29 +80,46 @@ class Checkpointing(Checkpoint):
         """Save the present state, between two steps, unless it is there already."""
         self._save_regular(trainer)
 
-    def keep_best(self, trainer: pl.Trainer, stage: int | None = None) -> None:
+    def keep_best(self, trainer: pl.Trainer, name: str, is_saved_anyway: bool = False) -> None:
         """Save the present state, and keep it as `best` until another one is; the former may then be pruned.
 
         Args:
             trainer: between two steps.
-            stage: given at a transition to this stage, whose checkpoint is written and kept anyway.
+            name: of the present state's checkpoint.
+            is_saved_anyway: as at a transition, where it is kept for good.
         """
-        former, name = self._best, _step_name(trainer)
-        self._best = name if stage is None else f"{name}-stage-{stage}"
-        if former is not None and former != self._best and "-stage-" not in former and former not in self._kept:
-            self._kept.insert(0, former)
-        if stage is None:
+        former, self._best = self._best, name
+        if not is_saved_anyway:
             self._save_regular(trainer)
-        self._link_best(trainer)
+            if isinstance(trainer.strategy, SavesInBackground):
+                trainer.strategy.finish_saving()  # only then may the former go
+        self.set_best(trainer, name)
+        if former is not None and "-stage-" not in former and former not in self._kept:
+            self._kept.insert(0, former)
+            self._prune(trainer)
+
+    def set_best(self, trainer: pl.Trainer, name: str | None) -> None:
+        """Let `best` name the best checkpoint, or nothing."""
+        self._best = name
+        link = _folder(trainer) / BEST
+        if not trainer.is_global_zero:
+            return
+        if name is None:
+            link.unlink(missing_ok=True)
+            return
+        aside = link.with_name(f"{BEST}.tmp")
+        aside.unlink(missing_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        aside.symlink_to(name)
+        os.replace(aside, link)
 
     def state_dict(self) -> dict[str, Any]:
-        """The names of the regular checkpoints, oldest first, that may be pruned, and of the best one."""
-        return {"kept": list(self._kept), "best": self._best}
+        """The names of the regular checkpoints, oldest first, that may be pruned."""
+        return {"kept": list(self._kept)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue pruning where the run stopped."""
         self._kept = list(state_dict["kept"])
-        self._best = state_dict.get("best")
 
     def _save_regular(self, trainer: pl.Trainer) -> None:
         """Save, and delete the oldest regular checkpoints once the new one is complete.
@@ -122,8 +139,10 @@ class Checkpointing(Checkpoint):
         path = _folder(trainer) / name
         if trainer.is_global_zero and path.exists() and not (path / MANIFEST).exists():
             trainer.strategy.checkpoint_io.remove_checkpoint(path)  # the rest of one whose deletion was interrupted
-        if not trainer.strategy.broadcast(path.exists()):  # it is there when the run was resumed from this very state
+        is_begun = name == self._begun  # and may still be written in the background
+        if not is_begun and not trainer.strategy.broadcast(path.exists()):  # a resumed run has its very state there
             trainer.save_checkpoint(path)
+        self._begun = name
         return path
 
     def _prune(self, trainer: pl.Trainer) -> None:
@@ -136,19 +155,10 @@ class Checkpointing(Checkpoint):
             ):  # a run that continues another run's checkpoint has none of its files
                 trainer.strategy.remove_checkpoint(path)
 
-    def _link_best(self, trainer: pl.Trainer) -> None:
-        """Let `best` name the best checkpoint; a resumed run may have had a better one on the way that it left."""
-        link = _folder(trainer) / BEST
-        if not trainer.is_global_zero or not (self._best or link.is_symlink()):
-            return
-        if self._best is None:
-            link.unlink()
-            return
-        aside = link.with_name(f"{BEST}.tmp")
-        aside.unlink(missing_ok=True)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        aside.symlink_to(self._best)
-        os.replace(aside, link)
+
+def is_complete(trainer: pl.Trainer, name: str) -> bool:
+    """Whether a checkpoint of the run is there."""
+    return (_folder(trainer) / name / MANIFEST).is_file()
 
 
 def _step_name(trainer: pl.Trainer) -> str:

@@ -11,15 +11,16 @@ import torch
 
 from callbacks.cadence import finished_step, tokens_seen
 from callbacks.evaluation.company import Stopped
+from callbacks.evaluation.results import counts_errors, headline_names
 from callbacks.evaluation.suites import Suite, choose_suite, load_suite, load_suites
 from callbacks.evaluation.tasks import LoadedTasks, Missing, Source, load_tasks
 from callbacks.evaluation.trainer_side import (
     beside_transition,
+    has_tables,
     lm_eval_is_installed,
     log_examples,
     tell,
     trainer_precision,
-    warn_of_failure,
     write_record,
 )
 from callbacks.safety import StopOnSignal
@@ -101,6 +102,8 @@ class LMEvaluation(pl.Callback):
         self.data_mirror, self.missing = data_mirror, missing
         self.examples = examples
         self.output = output
+        self.failures: list[str] = []
+        """what has failed so far"""
         self.about: dict[str, Any] = {}
         """what a record says of the network instead of the trainer's step and tokens"""
         self.latest: dict[str, Any] | None = None
@@ -123,10 +126,17 @@ class LMEvaluation(pl.Callback):
         """The metrics that are going to be logged, once `prepare` has loaded the tasks."""
         if self._tasks is None:
             return set()
-        names = set()
-        for name, entry in self._tasks.by_name.items():
-            names |= {name} if name in entry["tasks"] or name in entry["groups"] else set(entry["tasks"])
-        return {f"eval/{name}" for name in names}
+        return {f"eval/{name}" for entry in self._tasks.by_name.items() for name in headline_names(*entry)}
+
+    @property
+    def error_names(self) -> set[str]:
+        """Those of these of which less is better."""
+        if self._tasks is None:
+            return set()
+        named = (
+            (f"eval/{name}", entry) for key, entry in self._tasks.by_name.items() for name in headline_names(key, entry)
+        )
+        return {name for name, entry in named if counts_errors(entry)}
 
     def refuse_output(self) -> None:
         """Raise `InputError` for a file that `fit` would not write."""
@@ -135,7 +145,7 @@ class LMEvaluation(pl.Callback):
                 f"evaluation.output={self.output} is for validate; fit writes eval/step-*.json: leave it out"
             )
 
-    def prepare(self, datamodule: Any, architectures: Sequence[ModelConfig] = ()) -> None:
+    def prepare(self, datamodule: Any, architectures: Sequence[ModelConfig] = (), is_asked: bool = False) -> None:
         """Load the tasks and their data sets; what is wrong with them shows here, before a run writes anything.
 
         Without lm-eval on this machine, a warning, and evaluation is off.
@@ -143,6 +153,7 @@ class LMEvaluation(pl.Callback):
         Args:
             datamodule: prepared and set up; `task_dir` is the folder of its world's tasks.
             architectures: those that the run goes through.
+            is_asked: load them also where no time of a run is given to evaluate.
 
         Raises:
             InputError: unknown tasks, data that cannot be loaded, tasks of the embedded world beside other data, an
@@ -152,7 +163,7 @@ class LMEvaluation(pl.Callback):
         folder = getattr(datamodule, "task_dir", None)
         if self.suite is None and folder is not None:
             self.suite = load_suite("synthetic")
-        if self.suite is None or not self.is_wanted or not lm_eval_is_installed():
+        if self.suite is None or not (self.is_wanted or is_asked) or not lm_eval_is_installed():
             return
         if self.suite.embedded and folder is None:
             raise InputError(
@@ -234,7 +245,7 @@ class LMEvaluation(pl.Callback):
             tell(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
             return None
         except Exception as error:
-            warn_of_failure(trainer, "evaluation", error)
+            self._note_failure(trainer, "evaluation", error)
             return None
         if record is not None:
             for callback in trainer.callbacks:
@@ -261,7 +272,7 @@ class LMEvaluation(pl.Callback):
             world_of(trainer),
             precision=partial(trainer_precision, trainer),
             is_told=lambda: stopper is not None and stopper.received is not None,
-            on_failure=lambda task, error: warn_of_failure(trainer, f"evaluation of {task}", error),
+            on_failure=lambda task, error: self._note_failure(trainer, f"evaluation of {task}", error),
         )
         if not outcome.results:
             return None
@@ -270,19 +281,24 @@ class LMEvaluation(pl.Callback):
         path = self.output
         if trainer.state.fn == "fit":
             path = Path(trainer.default_root_dir) / "eval" / f"step-{trainer.global_step:08d}.json"
-        if transition is not None and path is not None:
-            record |= beside_transition(path, transition)
         self.latest = record
         self.latest_metrics = {f"eval/{task}": value for task, value in outcome.headline.items() if value is not None}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest_metrics.items()})
         try:  # whatever goes wrong here goes wrong on the first process alone
             log_metrics(trainer, {**self.latest_metrics, "perf/eval_s": time.perf_counter() - began})
             if trainer.is_global_zero and path is not None:
+                if transition is not None:
+                    record |= beside_transition(path, transition)
                 write_record(path, record)
                 log_examples(trainer, outcome.examples)
         except Exception as error:
-            warn_of_failure(trainer, "writing the evaluation", error)
+            self._note_failure(trainer, "writing the evaluation", error)
         return record
+
+    def _note_failure(self, trainer: pl.Trainer, what: str, error: Exception) -> None:
+        """Nothing that goes wrong here ends a run."""
+        self.failures.append(what)
+        tell(f"{what} at step {trainer.global_step} failed, and the run goes on ({type(error).__name__}: {error})")
 
     def _ready_harness(self, trainer: pl.Trainer) -> "Harness":
         """Made once: what tasks ask is tokenized in the first evaluation."""
@@ -296,7 +312,7 @@ class LMEvaluation(pl.Callback):
                 TextSide(trainer.datamodule.tokenizer),
                 limit=self.limit,
                 max_batch_tokens=self.max_batch_tokens,
-                num_examples=self.examples,
+                num_examples=self.examples if has_tables(trainer) else 0,
             )
         return self._harness
 

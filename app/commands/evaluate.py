@@ -77,11 +77,14 @@ def evaluate(
             )
         harness = harness_type(loaded, text, limit=limit, max_batch_tokens=max_batch_tokens)
         network = model.network.to(target)
-        failed: dict[str, Exception] = {}
+        failed: list[str] = []
+
+        def note(name: str, error: Exception) -> None:  # not the error itself: it holds what was computed
+            failed.append(f"growmoe evaluate: {name} failed ({type(error).__name__}: {error})\n")
+
         with _progress() as on_progress:
-            outcome = harness.evaluate(network, on_failure=failed.__setitem__, on_progress=on_progress)
-    for name, error in failed.items():
-        sys.stderr.write(f"growmoe evaluate: {name} failed ({type(error).__name__}: {error})\n")
+            outcome = harness.evaluate(network, on_failure=note, on_progress=on_progress)
+    sys.stderr.write("".join(failed))
     if not outcome.results:
         sys.exit(1)
     facts = {key: model.metadata.get(key) for key in ("step", "tokens")}

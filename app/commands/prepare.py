@@ -71,6 +71,8 @@ def prepare(
     known = Tokenizer.load(tokenizer) if tokenizer is not None else None
     options = ReadOptions(text_column, text_unit, max_document_bytes)
     sieve = None
+    if decontaminate is None and (data_mirror is not None or missing != "error" or decontaminate_words != 13):
+        raise InputError("data_mirror, missing and decontaminate_words are for decontaminate; name its suites, too")
     if decontaminate is not None:
         sieve = _Sieve(decontaminate, decontaminate_words, data_mirror, missing)
     with ShardWriter(output) as writer:
@@ -158,8 +160,8 @@ class _Sieve:
         more = f" and {len(found) - 8} more tasks" if len(found) > 8 else ""
         without = f"; without {', '.join(self._loaded.missing)}" if self._loaded.missing else ""
         return (
-            f"{self._loaded.suite.name}: {found.total()} documents repeat one of {self._sieve.num_items:,} test items"
-            f"{f' ({names}{more})' if found else ''}, and are left out{without}\n"
+            f"{self._loaded.suite.name}: {found.total()} documents repeat one of {self._sieve.num_items:,} texts of "
+            f"test items{f' ({names}{more})' if found else ''}, and are left out{without}\n"
         )
 
 

@@ -14,6 +14,10 @@ class PeerFailed(RuntimeError):
     """Another process failed at this task."""
 
 
+class Disagreement(RuntimeError):
+    """Processes are about to do different things."""
+
+
 class Stopped(Exception):
     """Somebody was told to stop."""
 
@@ -51,6 +55,18 @@ class Company:
         """Go along until nobody has anything to do any more; raises as `before_forward`."""
         while self._say(_DONE) == _FORWARD:
             self.network(self._idle_token, decoding=True)
+
+    def agree(self, number: int) -> None:
+        """Make sure that all processes are about to do the same, by a number that stands for it.
+
+        Raises:
+            Disagreement: they are not, on all of them; and as `before_forward`.
+        """
+        self._say(_FORWARD)
+        if self.world.largest(number) != -self.world.largest(-number):
+            raise Disagreement(
+                "processes have loaded other tasks or data than each other; let all of them see the same"
+            )
 
     def tell_failure(self) -> None:
         """Say that this process cannot go on with the task: it stands where others are about to say something."""

@@ -3,8 +3,9 @@
 Importing this file imports lm-eval (seconds): do it where an evaluation begins, not at a program's start.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -14,10 +15,17 @@ from lm_eval import evaluator
 from torch import nn
 
 from callbacks.evaluation.batching import Plans
-from callbacks.evaluation.company import Company, PeerFailed, Stopped
+from callbacks.evaluation.company import Company, Disagreement, PeerFailed, Stopped
 from callbacks.evaluation.model import FEWSHOT_SEED, HarnessLM
 from callbacks.evaluation.requests import built_requests, digest, templates_compiled_once
-from callbacks.evaluation.results import Outcome, chance_levels, clean_metrics, headline, right_answers
+from callbacks.evaluation.results import (
+    Outcome,
+    chance_levels,
+    clean_metrics,
+    headline,
+    headline_names,
+    right_answers,
+)
 from callbacks.evaluation.samples import examples_of
 from callbacks.evaluation.tasks import LoadedTasks, preserved_random_state, quiet_harness, seed_everything
 from callbacks.evaluation.text_side import TextSide
@@ -82,9 +90,11 @@ class Harness:
             Stopped: some process was told to stop.
         """
         outcome = Outcome.of(self.tasks, self.limit, self.text.tokenizer.sha256, FEWSHOT_SEED)
-        with preserved_random_state(), quiet_harness(), _eval_mode(network), torch.no_grad(), precision():
+        eager = torch.compiler.set_stance("force_eager")  # lengths differ: training would lose its compiled blocks
+        with preserved_random_state(), quiet_harness(), _eval_mode(network), eager, torch.no_grad(), precision():
             company = Company(network, world, is_told)
             try:
+                company.agree(_number(list(self.tasks.by_name)))
                 for name, entry in self.tasks.by_name.items():
                     told = partial(on_progress, name)
                     model = HarnessLM(network, self.text, self.max_batch_tokens, company, self._plans, told)
@@ -97,7 +107,7 @@ class Harness:
                     except PeerFailed as error:
                         _report(on_failure, name, error)
                     except Exception as error:
-                        if on_failure is not None:
+                        if on_failure is not None and not isinstance(error, Disagreement):
                             company.tell_failure()
                         _report(on_failure, name, error)
             finally:
@@ -107,21 +117,27 @@ class Harness:
 
     def _evaluate_one(self, model: HarnessLM, name: str, entry: dict[str, Any]) -> Outcome:
         """Evaluate what one name stands for: a task, a group or a tag."""
-        seed_everything()
         for task in entry["tasks"].values():
             task.set_fewshot_seed(FEWSHOT_SEED)
         with templates_compiled_once(), built_requests(entry["tasks"], self.limit) as requests:
             hashes = {task: digest(asked) for task, asked in requests.items()}
+            model.company.agree(_number(hashes))
+            seed_everything()
             # no bootstrap: it would start a pool of processes
             output = evaluator.evaluate(model, entry, limit=self.limit, bootstrap_iters=0, log_samples=True)
-            chances = chance_levels(entry)
+            chances = {}
+            with suppress(Exception):  # of tasks that are unlike any other: their scores count
+                chances = chance_levels(entry)
         assert output is not None, "lm-eval believes that there is one process"
         results = {task: clean_metrics(raw) for task, raw in output["results"].items()}
         results = {task: metrics for task, metrics in results.items() if metrics}  # groups without a mean of their own
         for task, chance in chances.items():
             if task in results and chance is not None:
                 results[task]["chance"] = chance
-        asked_for = [name] if name in results else [task for task in entry["tasks"] if task in results]
+        asked_for = [task for task in headline_names(name, entry) if task in results]
+        examples: list[dict[str, Any]] = []
+        with suppress(Exception):  # likewise
+            examples = examples_of(entry, output["samples"], self.num_examples)
         return Outcome(
             results=results,
             headline={task: headline(results[task]) for task in asked_for},
@@ -131,8 +147,13 @@ class Harness:
             hashes={"tasks": hashes},
             groups={group: [task.task_name for task in found.get_all_tasks()] for group, found in _groups(entry)},
             right={task: right_answers(samples) for task, samples in output["samples"].items()},
-            examples=examples_of(name, entry, output["samples"], self.num_examples),
+            examples=examples,
         )
+
+
+def _number(value: Any) -> int:
+    """A number that stands for something plain."""
+    return int(hashlib.sha256(repr(value).encode()).hexdigest()[:15], 16)
 
 
 def check_limit(limit: int | float | None) -> None:

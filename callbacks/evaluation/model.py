@@ -23,7 +23,7 @@ from callbacks.evaluation.company import Company
 from callbacks.evaluation.lending import Lender, Scored
 from callbacks.evaluation.text_side import TextSide
 from modules.errors import InputError
-from modules.generation import begin, complete
+from modules.generation import complete
 from modules.layers.transformer import Transformer
 
 FEWSHOT_SEED = 1234
@@ -107,10 +107,13 @@ class HarnessLM(TemplateLM):
         return self._answers(len(pairs), self.plans.get(key, pairs, lambda: self._plan(self._encode_pairs(pairs))))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-probability of each whole text, in windows of the model's length; each token is predicted once."""
+        """Log-probability of each whole text, in windows of the model's length; each token is predicted once.
+
+        What stands in front of a text is predicted too, behind itself, as by lm-eval's own models.
+        """
         windows, owners = [], []
         for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = [*self.text.begins, *self.tok_encode(request.args[0])]
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((request.args, *make_disjoint_window(pair)))
                 owners.append(owner)
@@ -151,7 +154,11 @@ class HarnessLM(TemplateLM):
         begins = np.asarray(self.text.begins, np.uint32)
         empty = np.asarray([self.prefix_token_id], np.uint32)
         return [
-            (pair, np.concatenate([begins, ids[context]]) if context else empty, ids[whole][len(ids[context]) :])
+            (
+                pair,
+                np.concatenate([begins, ids[context]]) if len(ids[context]) else empty,
+                ids[whole][len(ids[context]) :],
+            )
             for pair, context, whole in zip(pairs, contexts, wholes, strict=True)
         ]
 
@@ -221,12 +228,12 @@ class HarnessLM(TemplateLM):
         """Texts generated after contexts with the same settings, longest contexts first, batched under the budget."""
         settings = normalize_gen_kwargs(gen_kwargs)
         stops = [stop for stop in settings["until"] if stop]
-        # half of a short window stays for the context: a task may ask for more tokens than the model has
-        max_new_tokens = min(settings["max_gen_toks"], self.max_length // 2)
-        begins = self.text.begins or [self.prefix_token_id]
-        room = self.max_length - max_new_tokens - len(self.text.begins)
-        prompts = [ids[max(0, len(ids) - room) :] for ids in self.tokenizer.encode_batch(list(contexts))]
-        prompts = [begin(prompt, self.text.begins if prompt else begins) for prompt in prompts]
+        max_new_tokens = settings["max_gen_toks"]
+        if max_new_tokens >= self.max_length:  # a task may ask for more than the model has
+            max_new_tokens = self.max_length // 2
+        room = self.max_length - max_new_tokens
+        encoded = self.tokenizer.encode_batch(list(contexts))
+        prompts = [[*self.text.begins, *ids][-room:] or [self.prefix_token_id] for ids in encoded]
         tokens_QL = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64)  # ids + 1; 0: no token
         world = self.company.world
         batches = list(self._prompt_batches(prompts, max_new_tokens))

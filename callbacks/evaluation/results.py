@@ -88,6 +88,27 @@ def headline(metrics: dict[str, float | None]) -> float | None:
     return metrics[names[0]]
 
 
+def headline_names(name: str, entry: dict[str, Any]) -> list[str]:
+    """What a name of a suite gets a figure for: the task or group, or the tasks of a tag or of a group without a mean.
+
+    Args:
+        name: the suite's.
+        entry: what lm-eval has loaded for it.
+    """
+    group = entry.get("groups", {}).get(name)
+    has_mean = group is not None and bool(group.aggregate_metric_list)
+    return [name] if name in entry["tasks"] or has_mean else list(entry["tasks"])
+
+
+def counts_errors(entry: dict[str, Any]) -> bool:
+    """Whether less is better of the figure that speaks for loaded tasks: it is no accuracy, but, say, a perplexity."""
+    for task in entry["tasks"].values():
+        metrics = list(task.aggregation())
+        if not set(metrics) & set(ACCURACIES) and task.higher_is_better().get(metrics[0]) is False:
+            return True
+    return False
+
+
 def clean_metrics(raw: dict[str, Any]) -> dict[str, float | None]:
     """Metrics by plain names: `acc` for lm-eval's `acc,none`; other filters keep theirs, as in `exact_match,strict`.
 

@@ -9,12 +9,11 @@ MAX_LETTERS = 600
 
 
 def examples_of(
-    name: str, entry: Mapping[str, Any], samples: Mapping[str, Sequence[dict[str, Any]]], number: int
+    entry: Mapping[str, Any], samples: Mapping[str, Sequence[dict[str, Any]]], number: int
 ) -> list[dict[str, Any]]:
     """So many questions of what one name stands for, by the names in `COLUMNS`; of a group, from as many of its tasks.
 
     Args:
-        name: for a task by itself.
         entry: its tasks, as lm-eval has loaded them.
         samples: by task, what lm-eval noted of each document and filter.
         number: of questions.

@@ -1,7 +1,7 @@
 """Suites: named lists of evaluation tasks with their shots, from `configs/eval/*.yaml`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,11 @@ def load_suite(name: str) -> Suite:
         strange = sorted(set(record) - known) if isinstance(record, dict) else record
         raise InputError(f"{path} is not an evaluation suite: it has {strange}; known are {', '.join(sorted(known))}")
     included = [load_suite(other) for other in record.pop("include", [])]
-    return join_suites(included, **{"name": name, **record})
+    if not included:
+        return Suite(**{"tasks": (), **record})
+    own_shots = {} if record.get("tasks") else record.pop("num_fewshot", {})
+    joined = join_suites(included, **{"name": name, **record})
+    return replace(joined, num_fewshot={**joined.num_fewshot, **own_shots})
 
 
 def load_suites(names: str) -> Suite:

@@ -36,6 +36,11 @@ def beside_transition(path: Path, transition: Mapping[str, Any]) -> dict[str, An
     return fields
 
 
+def has_tables(trainer: pl.Trainer) -> bool:
+    """Whether a logger has tables, as that of W&B has."""
+    return any(hasattr(logger, "log_table") for logger in trainer.loggers)
+
+
 def log_examples(trainer: pl.Trainer, examples: Sequence[Mapping[str, Any]]) -> None:
     """Examples for loggers that have tables, as that of W&B has."""
     rows = [[trainer.global_step, *(example[name] for name in COLUMNS)] for example in examples]
@@ -67,10 +72,6 @@ def lm_eval_is_installed() -> bool:
         tell(f"lm-eval cannot be imported ({error}), so evaluation is off; install lm-eval to switch it on")
         return False
     return True
-
-
-def warn_of_failure(trainer: pl.Trainer, what: str, error: Exception) -> None:
-    tell(f"{what} at step {trainer.global_step} failed, and training goes on ({type(error).__name__}: {error})")
 
 
 def tell(text: str) -> None:

@@ -1,6 +1,7 @@
 """Evaluation by several processes: answers are those of one, whatever they share out, and nobody waits for ever."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from app.checkpoint import verify
+from app.checkpoint_folder import list_checkpoints
 from app.strategies.layout import Layout
 from datamodules.tokenizer import Tokenizer, train_tokenizer
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.moe_config import MoEConfig
 from modules.world import ONE_PROCESS, World
-from tests.distributed.ranks import together
+from tests.distributed.ranks import command, together
 from tests.distributed.training import Case, module_in, world_in
+from tests.end_to_end import runs
 
 pytest.importorskip("lm_eval")
 
@@ -95,7 +99,7 @@ def test_answers_are_those_of_one_process(layouts: list[Layout], tmp_path: Path)
 
 def fail_alone(folder: Path) -> None:
     """The second process fails before its first forward pass, and once behind its last one."""
-    from callbacks.evaluation.company import PeerFailed
+    from callbacks.evaluation.company import Company, PeerFailed
 
     dist.init_process_group("gloo")
     world, rank = world_in(Layout(1, 2, ep=2)), dist.get_rank()
@@ -110,7 +114,7 @@ def fail_alone(folder: Path) -> None:
     except PeerFailed:
         outcome = "peer"
     except InputError:
-        world.largest(2)  # what Company.tell_failure says
+        Company(module_in(world, case()).network, world).tell_failure()
         outcome = "own"
     after = answer(world)  # they go on together
     (folder / f"outcome-{rank}.json").write_text(json.dumps([outcome, len(after)]))
@@ -184,3 +188,56 @@ def test_a_task_that_fails_on_one_process_is_left_out_on_all(tmp_path: Path) -> 
     (first, mine), (second, theirs) = (json.loads((tmp_path / f"record-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and set(first["results"]) == {"good"}
     assert (mine, theirs) == (["ValueError"], ["PeerFailed"])
+
+
+@pytest.mark.parametrize("metric", ["eval/synthetic_facts_en", "val/bpb_en"])
+def test_the_best_checkpoint_while_others_are_being_written(metric: str, world: Path, tmp_path: Path) -> None:
+    """Evaluations, validations and checkpoints at the same steps; each save takes longer than a step."""
+    config = runs.settings(tmp_path / "run", world, max_steps=8, val_check_interval=2)
+    config["trainer"] |= {"devices": 2, "strategy": {"class_path": "app.strategies.ExpertParallelStrategy"}}
+    config["data"]["init_args"]["batch_size"] = 2
+    config["growth"]["stages"] = []
+    config["evaluation"] = {"every_n_steps": 2, "limit": 8}
+    config["checkpoint"] = {"every_n_steps": 2, "keep_last": 2}
+    config["monitor"] = {"metric": metric, "patience": 9}
+    path = runs.write(config, tmp_path / "config.yaml")
+    together(2, tmp_path / "ranks", slow_saves, ["fit", "--config", str(path)])
+    folder = tmp_path / "run" / "checkpoints"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "monitor.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert (folder / "best").resolve().name == lines[-1]["standing"]["name"]
+    verify(folder / "best")
+    assert "step-00000008" in [path.name for path in list_checkpoints(folder)]
+
+
+def slow_saves(words: list[str]) -> None:
+    """A verb of growmoe whose checkpoints take their time."""
+    from app.strategies import saving
+
+    complete = saving.PartSaver._complete
+
+    def slow(self: Any, *arguments: Any, **named: Any) -> Any:
+        time.sleep(0.3)
+        return complete(self, *arguments, **named)
+
+    saving.PartSaver._complete = slow  # type: ignore[method-assign]
+    command(words)
+
+
+def disagree(folder: Path) -> None:
+    """Processes that have loaded different tasks find out before they wait for each other."""
+    from callbacks.evaluation.company import Company, Disagreement
+
+    dist.init_process_group("gloo")
+    world, rank = world_in(Layout(1, 2)), dist.get_rank()
+    company = Company(module_in(world, case()).network, world)
+    company.agree(7)
+    with pytest.raises(Disagreement, match="other tasks or data"):
+        company.agree(rank)
+    (folder / f"done-{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_processes_with_different_tasks_find_out(tmp_path: Path) -> None:
+    together(2, tmp_path, disagree, tmp_path)
+    assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists()

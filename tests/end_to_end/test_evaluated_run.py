@@ -1,6 +1,7 @@
 """Runs that are evaluated and validated: figures, the best checkpoint, the end of a run that ceases to improve."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from app.checkpoint import verify
 from app.checkpoint_folder import list_checkpoints
 from app.cli import main
-from callbacks.monitor import Monitor
+from callbacks.monitor import Monitor, Standing
 from modules.errors import InputError
+from modules.validation import Validation
 from tests.end_to_end import runs
 
 FACTS = "eval/synthetic_facts_en"
@@ -109,13 +111,99 @@ def test_what_cannot_be_watched_is_refused(
 
 def test_another_metric_begins_anew() -> None:
     one = Monitor("val/loss")
-    one.load_state_dict({"metric": "val/loss", "mode": "min", "best": 2.0, "num_worse": 1})
-    assert (one.best, one.num_worse) == (2.0, 1)
+    standing = {"best": 2.0, "name": "step-00000003", "num_worse": 1}
+    one.load_state_dict({"metric": "val/loss", "mode": "min", "standing": standing})
+    assert one.standing == Standing(**standing) and one.state_dict()["standing"] == standing
     other = Monitor("val/loss", mode="max")
     other.load_state_dict(one.state_dict())
-    assert other.best is None
+    assert other.standing == Standing()
     with pytest.raises(InputError, match="it measures none"):
         one.check(())
+
+
+def test_errors_are_better_when_they_are_fewer() -> None:
+    for mode, errors, expected in (("auto", {"eval/a"}, "min"), ("max", {"eval/a"}, "max"), ("auto", (), "max")):
+        one = Monitor("eval/a", mode=mode)  # type: ignore[arg-type]
+        one.check({"eval/a"}, errors)
+        assert one.mode == expected
+
+
+def faked(monkeypatch: pytest.MonkeyPatch, values: dict[int, float]) -> None:
+    """Let validations find these values of val/loss."""
+    real = Validation.metrics
+
+    def metrics(self: Validation) -> dict[str, float]:
+        step = len(seen) * 2 + 2 + offset[0]
+        seen.append(step)
+        return {**real(self), "val/loss": values[step]}
+
+    seen: list[int] = []
+    offset = [0]
+    monkeypatch.setattr(Validation, "metrics", metrics)
+    monkeypatch.setattr(
+        Validation, "restart_at", lambda step: (seen.clear(), offset.__setitem__(0, step)), raising=False
+    )
+
+
+def best_name(run_dir: Path) -> str:
+    return (run_dir / "checkpoints" / "best").resolve().name
+
+
+def test_what_was_measured_behind_a_checkpoint_is_known_when_it_is_continued(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint is written before its step's validation, whose value a resumed run has to know all the same."""
+    values = {2: 5.0, 4: 4.0, 6: 4.2, 8: 4.1, 10: 3.0, 12: 3.1, 14: 3.2}
+    faked(monkeypatch, values)
+    config = settings(tmp_path / "run", world, metric="val/loss", patience=3)
+    config["trainer"]["max_steps"] = 10
+    config["evaluation"] = {"at_end": False}
+    config["checkpoint"] = {"every_n_steps": 2, "keep_last": 2}
+    run_dir = runs.fit(config)
+    assert best_name(run_dir) == "step-00000010"
+    Validation.restart_at(10)  # type: ignore[attr-defined]
+    config["trainer"]["max_steps"] = 14
+    config["model"]["init_args"]["schedule"]["decay_fraction"] = 0.0
+    runs.fit(config, "--ckpt_path", "auto")
+    assert best_name(run_dir) == "step-00000010"
+    verify(run_dir / "checkpoints" / "best")
+    lines = [json.loads(line) for line in (run_dir / "monitor.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14] and lines[-1]["standing"]["num_worse"] == 2
+
+
+def test_a_value_that_is_no_number_is_no_better(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked(monkeypatch, {2: math.nan, 4: 4.0, 6: 3.0, 8: math.inf, 10: 3.5, 12: 3.75})
+    config = settings(tmp_path / "run", world, metric="val/loss")
+    run_dir = runs.fit(config)
+    assert best_name(run_dir) == "step-00000006"
+    lines = [json.loads(line) for line in (run_dir / "monitor.jsonl").read_text().splitlines()]
+    assert [line["value"] for line in lines] == [None, 4.0, 3.0, None, 3.5, 3.75]
+
+
+def test_a_best_checkpoint_of_another_directory_is_not_linked(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked(monkeypatch, {2: 1.0, 4: 4.0, 6: 4.2, 8: 4.1, 10: 4.3, 12: 4.4})
+    config = settings(tmp_path / "run", world, metric="val/loss")
+    config["checkpoint"] = {"every_n_steps": 4, "keep_last": 9}
+    first = runs.fit(config)
+    Validation.restart_at(4)  # type: ignore[attr-defined]
+    config["trainer"]["default_root_dir"] = str(tmp_path / "other")
+    other = runs.fit(config, "--ckpt_path", str(first / "checkpoints" / "step-00000004"))
+    assert best_name(first) == "step-00000002" and best_name(other) == "step-00000008"
+    verify(other / "checkpoints" / "best")
+
+
+def test_a_transition_costs_no_patience(world: Path, tmp_path: Path) -> None:
+    """It is evaluated at once, at the step of a regular evaluation, and does what the former network did."""
+    config = settings(tmp_path / "run", world, metric=FACTS, patience=1, mode="max")
+    config["growth"]["stages"] = [{"at_step": 2, "target": {"num_layers": 3}}]
+    config["trainer"]["max_steps"] = 3
+    config["evaluation"] = {"every_n_steps": 2, "at_transitions": True, "at_end": False, "limit": 40}
+    run_dir = runs.fit(config)
+    assert max(runs.losses(run_dir)) == 3
+    lines = [json.loads(line) for line in (run_dir / "monitor.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["stage"], line["standing"]["num_worse"]) for line in lines] == [(2, 0, 0), (2, 1, 0)]
 
 
 def test_evaluation_by_tokens(world: Path, tmp_path: Path) -> None:
@@ -157,7 +245,8 @@ def test_validate_evaluates_tasks_that_are_named(
     config = settings(tmp_path / "run", world)
     run_dir = runs.fit(config)
     record = json.loads((run_dir / "eval" / "step-00000012.json").read_text())
-    path = runs.write({**config, "monitor": {}}, tmp_path / "config.yaml")
+    nothing = {"at_end": False, "at_transitions": False, "limit": 40}
+    path = runs.write({**config, "monitor": {}, "evaluation": nothing}, tmp_path / "config.yaml")
     files = sorted(path for path in run_dir.rglob("*"))
     capsys.readouterr()
     words = ["validate", "--config", str(path), "--ckpt_path", str(run_dir / "checkpoints" / "step-00000012")]

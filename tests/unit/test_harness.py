@@ -185,21 +185,22 @@ def test_rolling_predicts_each_token_once_with_all_the_context_there_is(
 ) -> None:
     text = TEXTS[0] * repeats
     (found,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)))
-    tokens = [tokenizer.eos_id, *tokenizer.encode(text)]
+    tokens = [tokenizer.eos_id, tokenizer.eos_id, *tokenizer.encode(text)]  # what is in front is predicted, too
     expected = 0.0
     for start in range(1, len(tokens), MAX_LEN):
         end = min(start + MAX_LEN, len(tokens))
         # the last window reaches back to a full context
         expected += score(model.network, tokens[max(0, end - MAX_LEN - 1) : start], tokens[start:end])[0]
     assert found == pytest.approx(expected, abs=1e-9)
-    assert model.loglikelihood_rolling(ask("loglikelihood_rolling", ("",))) == [0.0]
+    (nothing,) = model.loglikelihood_rolling(ask("loglikelihood_rolling", ("",)))
+    assert nothing == pytest.approx(score(model.network, tokens[:1], tokens[1:2])[0], abs=1e-10)
 
 
 def write_greedily(model: HarnessLM, context: str, max_new_tokens: int, stops: Sequence[str]) -> str:
     """One context by itself, without a cache; the text before the first stop string."""
     tokenizer, network = model.tokenizer, model.network
     ids = tokenizer.encode(context)
-    tokens = [tokenizer.eos_id, *ids[max(0, len(ids) - (MAX_LEN - max_new_tokens - 1)) :]]
+    tokens = [tokenizer.eos_id, *ids][-(MAX_LEN - max_new_tokens) :]  # one that is too long loses its beginning
     start = len(tokens)
     for _ in range(max_new_tokens):
         with torch.no_grad():
@@ -364,6 +365,24 @@ def test_evaluations_are_identical_and_leave_no_trace(
     assert torch.is_grad_enabled()
     assert not IMPORTS_TRANSFORMERS and loaded_before == ("transformers" in sys.modules)
     assert capfd.readouterr() == ("", "")  # neither progress bars nor log lines
+
+
+def test_compiled_blocks_are_not_compiled_for_evaluation(tokenizer: Tokenizer, task_dir: Path) -> None:
+    """Rows of all lengths would use up what torch compiles of a function, and training would then run without."""
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    network = make_network(tokenizer, max_seq_len=256).float()
+    for block in network.blocks:
+        block.compile(backend=backend)
+    evaluate_tasks(network, tokenizer, ["tiny_choose", "tiny_write"], task_dir)
+    assert graphs == []
+    network(torch.zeros(2, 8, dtype=torch.long))
+    assert len(graphs) > 0
 
 
 def test_loaded_tasks_give_the_same_results_each_time(tokenizer: Tokenizer, task_dir: Path) -> None:
