@@ -1,5 +1,6 @@
 """Our adapter against lm-eval's own for transformers, request for request, on official tasks and real data."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,40 @@ def test_scores_are_those_of_lm_eval(directory: Path) -> None:
         for key, value in output["results"][name].items():
             if "," in key and "_stderr" not in key:
                 assert found[name][key.removesuffix(",none")] == pytest.approx(value), (name, key)
+
+
+def test_long_texts_are_those_of_lm_eval(directory: Path) -> None:
+    """Texts longer than the window, whole, behind a continuation, and to be continued; windows are short here."""
+    from lm_eval.api.instance import Instance
+
+    record = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**record, "max_position_embeddings": 96}))
+    try:
+        model = load_model(directory, torch.float64)
+        ours = HarnessLM(model.network, _text_side(model, directory), max_batch_tokens=512)
+        theirs = hflm.HFLM(
+            pretrained=str(directory), dtype="float64", batch_size=2, device="cpu", experts_implementation="eager"
+        )
+    finally:
+        (directory / "config.json").write_text(json.dumps(record))
+    text = "The red house by the lake belongs to Ann, who likes tea. 王小明住在湖边的红房子里，喜欢喝茶。" * 12
+
+    def ask(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+        return [Instance(kind, {}, argument, 0, ("task", number, 1)) for number, argument in enumerate(arguments)]
+
+    texts = [(text,), (text[:200],), ("Ann",), (text[:600],)]
+    pairs = [(text, " Ann"), (text[:50], text[50:190]), ("", "Ann"), ("Ann ", "likes tea"), (text, " Bob and Ann")]
+    settings = {"until": ["湖", "lake"], "max_gen_toks": 60, "do_sample": False}
+    prompts = [(text, settings), (text[:300], settings), ("Ann", settings), (text, {**settings, "max_gen_toks": 20})]
+    with torch.no_grad():
+        rolled = ours.loglikelihood_rolling(ask("loglikelihood_rolling", *texts))
+        scored = ours.loglikelihood(ask("loglikelihood", *pairs))
+        written = ours.generate_until(ask("generate_until", *prompts))
+    assert rolled == pytest.approx(
+        theirs.loglikelihood_rolling(ask("loglikelihood_rolling", *texts), disable_tqdm=True), abs=1e-4
+    )
+    for (score, greedy), (their_score, their_greedy) in zip(
+        scored, theirs.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True), strict=True
+    ):
+        assert score == pytest.approx(their_score, abs=1e-4) and greedy == their_greedy
+    assert written == theirs.generate_until(ask("generate_until", *prompts), disable_tqdm=True)
