@@ -9,7 +9,7 @@ import numpy as np
 from app.report import words
 from app.report.data import RunData, Series
 from app.report.drawing import color_at, finish, legend_below, line, new_figure, plain, smooth_line, use_log_scale
-from app.report.theme import INK, SOFT
+from app.report.theme import INK, SERIES, SOFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,7 +133,8 @@ def draw_accuracy(axes: "Axes", data: RunData, tasks: Sequence[str]) -> None:
     """These tasks and the levels of guessing into one panel."""
     levels: dict[float, list[str]] = {}
     for i, task in enumerate(tasks):
-        line(axes, data.accuracies[task], color_at(i), task, clip_on=False)
+        again = {"linestyle": ":"} if i >= len(SERIES) else {}  # colours come round
+        line(axes, data.accuracies[task], color_at(i), task, clip_on=False, **again)
         if data.chances.get(task):  # guessing free answers reaches 0: the axis itself
             levels.setdefault(round(data.chances[task], 4), []).append(color_at(i))
     for level, colors in levels.items():
