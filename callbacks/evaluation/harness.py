@@ -90,8 +90,14 @@ class Harness:
             Stopped: some process was told to stop.
         """
         outcome = Outcome.of(self.tasks, self.limit, self.text.tokenizer.sha256, FEWSHOT_SEED)
-        eager = torch.compiler.set_stance("force_eager")  # lengths differ: training would lose its compiled blocks
-        with preserved_random_state(), quiet_harness(), _eval_mode(network), eager, torch.no_grad(), precision():
+        with (
+            preserved_random_state(),
+            quiet_harness(),
+            _eval_mode(network),
+            torch.compiler.set_stance("force_eager"),  # lengths differ: training would lose its compiled blocks
+            torch.no_grad(),
+            precision(),
+        ):
             company = Company(network, world, is_told)
             try:
                 company.agree(_number(list(self.tasks.by_name)))

@@ -153,12 +153,9 @@ class HarnessLM(TemplateLM):
         ids = dict(zip(texts, (np.asarray(x, np.uint32) for x in self.tokenizer.encode_batch(texts)), strict=True))
         begins = np.asarray(self.text.begins, np.uint32)
         empty = np.asarray([self.prefix_token_id], np.uint32)
+        begun = {text: np.concatenate([begins, ids[text]]) if len(ids[text]) else empty for text in set(contexts)}
         return [
-            (
-                pair,
-                np.concatenate([begins, ids[context]]) if len(ids[context]) else empty,
-                ids[whole][len(ids[context]) :],
-            )
+            (pair, begun[context], ids[whole][len(ids[context]) :])
             for pair, context, whole in zip(pairs, contexts, wholes, strict=True)
         ]
 
@@ -167,8 +164,7 @@ class HarnessLM(TemplateLM):
         return self._answers(len(requests), self._plan(requests))
 
     def _plan(self, requests: Sequence[Request]) -> list[Batch]:
-        rows = distinct_rows(requests, self.max_length)
-        return plan_batches(rows, self.max_batch_tokens)
+        return plan_batches(distinct_rows(requests, self.max_length), self.max_batch_tokens)
 
     def _answers(self, number: int, batches: Sequence[Batch]) -> list[tuple[float, bool]]:
         """What so many requests score; an empty continuation is certain."""
@@ -185,7 +181,7 @@ class HarnessLM(TemplateLM):
         log_probs, wrong = world.sum_over_data(answer_2Q.to(self._device)).cpu()
         return list(zip(log_probs.tolist(), (wrong == 0).tolist(), strict=True))
 
-    def _score(self, batch: Batch, lender: "Lender", answer_2Q: Tensor) -> None:
+    def _score(self, batch: Batch, lender: Lender, answer_2Q: Tensor) -> None:
         """Fill in, for each request of a batch, its log-probability, and 1 where greedy decoding would differ."""
         begun_TD, own_TD = lender.run(batch)
         scored = Scored(batch)

@@ -113,7 +113,8 @@ def clean_metrics(raw: dict[str, Any]) -> dict[str, float | None]:
     """Metrics by plain names: `acc` for lm-eval's `acc,none`; other filters keep theirs, as in `exact_match,strict`.
 
     Accuracies get their standard error, `acc_stderr`: sqrt(p (1 - p) / (n - 1)), which for answers that are right or
-    wrong is the formula of lm-eval. A number that is not finite becomes None, as in JSON.
+    wrong is the formula of lm-eval; for a group, as if its documents were those of one task. A number that is not
+    finite becomes None, as in JSON.
     """
     metrics: dict[str, float | None] = {}
     for key, value in raw.items():

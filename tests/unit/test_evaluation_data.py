@@ -122,10 +122,9 @@ def test_requests_are_kept_and_damaged_ones_built_again(
     (path,) = own_caches.iterdir()
     loaded = load_tasks(SCIQ, Source(mirror=mirror))
     task = loaded.by_name["sciq"]["tasks"]["sciq"]
-    monkeypatch.setattr(type(task), "build_all_requests", None)  # it must not be asked
-    assert evaluate(tokenizer, loaded, 3).record() == first
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(own_caches.parents[1]))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(task), "build_all_requests", None)  # it must not be asked
+        assert evaluate(tokenizer, loaded, 3).record() == first
     path.write_bytes(b"no pickle")
     assert evaluate(tokenizer, load_tasks(SCIQ, Source(mirror=mirror)), 3).record() == first
 
