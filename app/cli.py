@@ -33,7 +33,12 @@ COMMANDS = {
     "doctor": "versions, devices, collectives and files, and what is wrong with them",
 }
 """Each verb is the function of its name in `app.commands`; its signature is its command line."""
-HOMES = {"import": "exchange", "export": "exchange"}
+PLANS = {
+    "plan_budget": "compute-optimal sizes for a training budget, by printed scaling laws",
+    "plan_moe": "which mixture serves best for a training budget",
+}
+"""`plan budget` and `plan moe`: commands of their own, which need no configuration of a run."""
+HOMES = {"import": "exchange", "export": "exchange", "plan_budget": "laws", "plan_moe": "laws"}
 """The module of `app.commands` that a verb's function is in, where it is not the verb's own."""
 
 
@@ -44,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(_help())
         return
     verb, rest = arguments[0], arguments[1:]
+    if f"{verb}_{''.join(rest[:1])}" in PLANS:
+        verb, rest = f"{verb}_{rest[0]}", rest[1:]
     try:
         _runner(verb)(rest)
     except KeyboardInterrupt:
@@ -52,11 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reason = find_input_error(error)
         if reason is None:
             raise
-        sys.stderr.write(f"growmoe {verb}: {' '.join(str(reason).split())}\n")
+        sys.stderr.write(f"growmoe {verb.replace('_', ' ')}: {' '.join(str(reason).split())}\n")
         sys.exit(2)
 
 
 def _runner(verb: str) -> Callable[[Sequence[str]], None]:
+    if verb in PLANS:
+        return lambda rest: _run_command(verb, rest)
     if verb in TRAINER_VERBS:
         return lambda rest: _run_trainer([verb, *rest])
     if verb in COMMANDS:
@@ -89,7 +98,8 @@ def _run_command(verb: str, arguments: Sequence[str]) -> None:
 
     module = importlib.import_module(f"app.commands.{HOMES.get(verb, verb)}")
     function = getattr(module, f"{verb}_" if keyword.iskeyword(verb) else verb)
-    parser = OneLineParser(prog=f"growmoe {verb}", description=COMMANDS[verb])
+    described = COMMANDS | PLANS
+    parser = OneLineParser(prog=f"growmoe {verb.replace('_', ' ')}", description=described[verb])
     _add_signature(parser, function)
     config = parser.parse_args(_options_first(parser, arguments))
     function(**vars(parser.instantiate_classes(config)))
@@ -149,8 +159,9 @@ def _described(function: Callable[..., None], name: str) -> str:
 
 
 def _help() -> str:
-    verbs = {**TRAINER_VERBS, **COMMANDS}
-    lines = "\n".join(f"  {verb:<10} {text}" for verb, text in verbs.items())
+    plans = {name.replace("_", " "): text for name, text in PLANS.items()}
+    verbs = {**TRAINER_VERBS, **plans, **COMMANDS}
+    lines = "\n".join(f"  {verb:<11} {text}" for verb, text in verbs.items())
     return (
         "growmoe VERB [options]    (the same as python -m app VERB)\n\n"
         "Train dense and mixture-of-experts language models, and grow them while they train.\n\n"

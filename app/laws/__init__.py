@@ -1,0 +1,1 @@
+"""Scaling laws with printed constants, and what they say about a budget."""

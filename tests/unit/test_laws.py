@@ -1,0 +1,232 @@
+"""Scaling laws against what their papers print, and the planner's arithmetic."""
+
+import math
+
+import pytest
+
+from app.cli import main
+from app.laws.fairseq import speed_up, training_flops
+from app.laws.law import optimum
+from app.laws.printed import (
+    ABNAR,
+    CHINCHILLA,
+    CLARK,
+    CLARK_CONSTANTS,
+    FINE_GRAINED,
+    HOFFMANN,
+    JOINT,
+    LAWS,
+    clark_effective_parameters,
+    fine_grained_flops,
+    fine_grained_sizes,
+    saturated,
+)
+from app.laws.serving import Serving, best_at_cost, cheapest_at_loss, total_parameters
+from modules.errors import InputError
+
+EXPERTS = (1, 2, 4, 8, 16, 32)
+
+
+def test_joint_law_gives_the_printed_sizes() -> None:
+    """Table 1 at 1e22: active parameters and tokens, in billions."""
+    printed = [(18.9, 88), (17.4, 96), (15.9, 105), (14.5, 115), (13.3, 126), (12.3, 136)]
+    for experts, (parameters, tokens) in zip(EXPERTS, printed, strict=True):
+        best = optimum(JOINT, 1e22, experts=experts)
+        assert best.parameters / 1e9 == pytest.approx(parameters, abs=0.06)
+        assert best.tokens / 1e9 == pytest.approx(tokens, abs=0.6)
+
+
+@pytest.mark.parametrize("flops", [1e20, 1e21, 1e22])
+def test_more_experts_are_smaller_and_better_at_each_budget(flops: float) -> None:
+    found = [optimum(JOINT, flops, experts=experts) for experts in EXPERTS]
+    assert [one.loss for one in found] == sorted((one.loss for one in found), reverse=True)
+    assert [one.parameters for one in found] == sorted((one.parameters for one in found), reverse=True)
+
+
+def test_chinchilla_by_its_refit_is_near_twenty_tokens() -> None:
+    refit, printed = optimum(CHINCHILLA, 5.76e23), optimum(HOFFMANN, 5.76e23)
+    assert refit.parameters / 1e9 == pytest.approx(72, abs=1) and 17 < refit.tokens_per_parameter < 20
+    assert printed.parameters / 1e9 == pytest.approx(32, abs=1) and printed.tokens_per_parameter > 90
+
+
+@pytest.mark.parametrize("flops", [1e18, 1e21, 5e24])
+def test_the_numeric_optimum_is_the_closed_form(flops: float) -> None:
+    a, b, alpha, beta = 482.01, 2085.43, 0.3478, 0.3658
+    size = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (flops / 6) ** (beta / (alpha + beta))
+    assert optimum(CHINCHILLA, flops).parameters == pytest.approx(size, rel=1e-5)
+    near = optimum(CHINCHILLA, flops)
+    for factor in (0.99, 1.01):
+        n = near.parameters * factor
+        assert CHINCHILLA.loss(n, flops / 6 / n) > near.loss
+
+
+def test_fine_grained_law_gives_table_2() -> None:
+    """Losses within what the coefficients' rounding leaves, FLOPs those of the table (arXiv 2402.07871, table 2)."""
+    table = [
+        (1e8, 4.37e9, 8, 3.133, 2.95e18),
+        (1e9, 28.94e9, 16, 2.491, 1.93e20),
+        (3e9, 72.9e9, 16, 2.245, 1.41e21),
+        (7e9, 137.6e9, 32, 2.076, 6.46e21),
+        (70e9, 941e9, 32, 1.694, 4.16e23),
+        (300e9, 2.96e12, 64, 1.503, 5.69e24),
+        (1e12, 7.94e12, 64, 1.367, 4.97e25),
+    ]
+    for dense, tokens, granularity, loss, flops in table:
+        _, parameters = fine_grained_sizes(dense)
+        assert parameters == pytest.approx(43 * dense)
+        assert FINE_GRAINED.loss(parameters, tokens, granularity=granularity) == pytest.approx(loss, abs=0.025)
+        assert fine_grained_flops(dense, tokens, granularity) == pytest.approx(flops, rel=0.01)
+
+
+def test_clark_saturates_and_counts_effective_parameters() -> None:
+    for _, _, _, _, start, most in CLARK_CONSTANTS.values():
+        assert saturated(1, start, most) == pytest.approx(start)
+        assert saturated(1e9, start, most) == pytest.approx(most, rel=1e-5)
+    assert clark_effective_parameters(5e6, 128) / 1e6 == pytest.approx(52, abs=1)  # the paper's figure shows 55
+    for router in CLARK_CONSTANTS:
+        same = clark_effective_parameters(1e8, 1, router)
+        assert same == pytest.approx(1e8)
+        better = CLARK.loss(1e8, experts=64, router=router)
+        dense = CLARK.loss(clark_effective_parameters(1e8, 64, router), experts=1, router=router)
+        assert better == pytest.approx(dense) and 1.5 < better < CLARK.loss(1e8, router=router)
+
+
+def test_sparsity_helps_more_when_size_is_free() -> None:
+    """At a fixed number of parameters, more compute asks for less sparsity; with a free number for more."""
+    grid = [0.0, 0.5, 0.75, 0.9, 0.95, 0.98]
+
+    def best_at(parameters: float, flops: float) -> float:
+        def loss(sparsity: float) -> float:
+            active = parameters * (1 - sparsity)
+            return ABNAR.loss(parameters, flops / 6 / active, sparsity=sparsity)
+
+        return min(grid, key=loss)
+
+    assert best_at(1e10, 1e20) > best_at(1e10, 1e23)
+
+
+def test_every_law_tells_its_source_and_its_domain() -> None:
+    for law in (*LAWS.values(), FINE_GRAINED, CLARK):
+        assert "arXiv" in law.source and law.counts and law.domain.ranges
+    assert JOINT.domain.warnings(parameters=5e9, experts=8) == [
+        "parameters=5e+09 is outside of what the law was fitted on (up to 2.7e+09)"
+    ]
+    assert JOINT.domain.warnings(parameters=1e9, experts=8, tokens=1e10) == []
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("experts", "parameters", "share", "tokens", "total"),
+    [(8, 4.56, 0.32, 365, 26.7), (16, 2.54, 0.19, 655, 29.0), (32, 1.61, 0.13, 1036, 36.1)],
+)
+def test_smaller_mixtures_are_as_good_as_four_experts(
+    experts: int, parameters: float, share: float, tokens: float, total: float
+) -> None:
+    """Yun et al.'s first algorithm on the Joint law at 1e22."""
+    base = optimum(JOINT, 1e22, experts=4)
+    found = cheapest_at_loss(JOINT, 1e22, experts, base.loss, Serving())
+    assert found is not None and found.chosen.loss == pytest.approx(base.loss, abs=1e-9)
+    assert found.chosen.parameters / 1e9 == pytest.approx(parameters, abs=0.006)
+    assert found.size_share == pytest.approx(share, abs=0.006)
+    assert found.chosen.tokens / 1e9 == pytest.approx(tokens, rel=2e-3)
+    assert total_parameters(found.chosen.parameters, experts) / 1e9 == pytest.approx(total, abs=0.06)
+
+
+def test_what_cannot_be_is_none() -> None:
+    base = optimum(JOINT, 1e22, experts=8)
+    assert cheapest_at_loss(JOINT, 1e22, 1, base.loss, Serving()) is None
+    assert best_at_cost(JOINT, 1e22, 8, 1e-9, Serving()) is None
+
+
+def test_cost_is_kept_and_spent() -> None:
+    serving = Serving()
+    base = optimum(JOINT, 1e22, experts=4)
+    cost = 0.5 * serving.cost(base.parameters, 4)
+    found = best_at_cost(JOINT, 1e22, 16, cost, serving)
+    assert found is not None and found.cost <= cost * (1 + 1e-9) and found.chosen.loss > found.best.loss
+    assert serving.cost(found.chosen.parameters * 1.2, 16) > cost
+
+
+def test_a_dense_model_reads_all_of_its_weights_and_a_mixture_what_its_batch_touches() -> None:
+    serving = Serving(memory_bytes=1e15, prompt=1e-6, output=1e-3)  # room for any batch: products decide
+    expected = 2 * 1e9 * 1e6 / (serving.peak_flops * serving.mfu)
+    assert serving.cost(1e9, 1) == pytest.approx(expected, rel=0.01)
+    costs = [Serving().cost(parameters, 8) for parameters in (1e9, 2e9, 4e9, 8e9)]
+    assert costs == sorted(costs)
+
+
+# -- fairseq -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "is_moe", "zflops"),
+    [
+        (12, 768, False, 0.36),
+        (24, 1024, False, 1.06),
+        (24, 2048, False, 3.57),
+        (32, 2560, False, 7.08),
+        (32, 4096, False, 17.1),
+        (40, 5120, False, 32.7),
+        (12, 768, True, 0.43),
+        (24, 1024, True, 1.30),
+        (24, 2048, True, 4.53),
+        (32, 4096, True, 22.3),
+    ],
+)
+def test_fairseq_counts(layers: int, width: int, is_moe: bool, zflops: float) -> None:
+    """The paper's table, to two digits: 300B tokens."""
+    found = training_flops(layers, width, 300e9, is_moe=is_moe) / 1e21
+    assert found == pytest.approx(zflops, abs=0.0051 if zflops < 10 else 0.051)
+
+
+def test_speed_up_factor() -> None:
+    curve = [(c, 3 * c**-0.05) for c in (1e18, 1e19, 1e20)]
+    for compute, loss in curve:
+        assert speed_up(curve, compute, loss) == pytest.approx(1)
+    shifted = [(c / 4, loss) for c, loss in curve]
+    for compute, loss in shifted:
+        assert speed_up(curve, compute, loss) == pytest.approx(4)
+    between = math.sqrt(1e18 * 1e19)
+    assert speed_up(curve, between / 2, 3 * between**-0.05) == pytest.approx(2)
+    with pytest.raises(InputError, match="nothing is extrapolated"):
+        speed_up(curve, 1e20, 0.1)
+    with pytest.raises(InputError, match="at least 2"):
+        speed_up(curve[:1], 1e20, 0.3)
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def test_commands_print_what_the_laws_say(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "budget", "--flops", "1e22", "--law", "joint", "--experts", "[1, 32]"])
+    printed = capsys.readouterr().out
+    assert "18.9B" in printed and "12.3B" in printed and "arXiv 2502.05172" in printed
+    assert "parameters=1.89e+10 is outside of what the law was fitted on" in printed
+    main(["plan", "budget", "--device_hours", "1000", "--peak_flops", "1e15", "--mfu", "0.5"])
+    assert "1.8e+21 training FLOPs" in capsys.readouterr().out
+    main(["plan", "moe", "--budget", "1e22", "--serving.prompt", "100"])
+    printed = capsys.readouterr().out
+    assert "4.56B" in printed and "32%" in printed and "cannot be" in printed and "not a measurement" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["budget"], "flops and device_hours: neither given"),
+        (["budget", "--flops", "1e21", "--device_hours", "3"], "both given"),
+        (["budget", "--flops", "-1"], "flops=-1 is no budget"),
+        (["budget", "--flops", "1e21", "--experts", "[8]"], "set law=joint"),
+        (["budget", "--flops", "1e21", "--law", "joint", "--experts", "[0]"], "experts=0 must be at least 1"),
+        (["moe", "--budget", "0"], "flops=0 is no budget"),
+        (["moe", "--budget", "1e22", "--base", "0"], "experts=0 must be at least 1"),
+        (["moe", "--budget", "1e22", "--serving.mfu", "0"], "serving.mfu=0"),
+        (["moe"], "budget"),
+    ],
+)
+def test_wrong_input_is_one_line(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *words])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and told in err and len(err.strip().splitlines()) == 1
