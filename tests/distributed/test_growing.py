@@ -64,7 +64,7 @@ def assert_same(want: Path, got: Path) -> None:
         torch.testing.assert_close(states[1][number]["exp_avg"], state["exp_avg"], rtol=0, atol=1e-9)
 
 
-EVALUATION = {"every_n_steps": 7, "at_transitions": True, "at_end": False, "limit": 2}
+EVALUATION = {"every_n_steps": 7, "at_transitions": True, "at_end": False, "limit": 20}
 
 
 def answers(run_dir: Path) -> dict[str, str]:
@@ -93,10 +93,21 @@ def test_two_processes_grow_as_one(alone: Path, two: Path) -> None:
     assert answers(two) == answers(alone) and len(answers(two)) >= 3
 
 
+def test_evaluation_does_not_change_a_bit(two: Path, world: Path, tmp_path: Path) -> None:
+    """On two processes that share experts out, through both transitions."""
+    config = settings(tmp_path / "run", world, 2, 2, dp_shard=2, ep="auto")
+    without = fit(config, 2)
+    assert runs.losses(without) == runs.losses(two)
+    ends = [load_state(run / "checkpoints" / "step-00000014") for run in (two, without)]
+    for name, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(ends[1]["state_dict"][name], tensor), name
+
+
 def test_four_processes_continue_what_two_began(alone: Path, two: Path, world: Path, tmp_path: Path) -> None:
     start = two / "checkpoints" / "step-00000003"  # before both transitions
     config = settings(tmp_path / "run", world, 4, 4, dp_replicate=2, dp_shard=2, ep=2)
-    assert_same(alone, fit(config, 4, "--ckpt_path", str(start)))
+    assert_same(alone, fit(config | {"evaluation": EVALUATION}, 4, "--ckpt_path", str(start)))
+    assert answers(tmp_path / "run") == answers(alone)
 
 
 def test_one_process_continues_what_two_began(alone: Path, two: Path, world: Path, tmp_path: Path) -> None:
