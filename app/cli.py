@@ -36,9 +36,10 @@ COMMANDS = {
 PLANS = {
     "plan_budget": "compute-optimal sizes for a training budget, by printed scaling laws",
     "plan_moe": "which mixture serves best for a training budget",
+    "plan_fit": "a scaling law fitted to runs of your own",
 }
-"""`plan budget` and `plan moe`: commands of their own, which need no configuration of a run."""
-HOMES = {"import": "exchange", "export": "exchange", "plan_budget": "laws", "plan_moe": "laws"}
+"""Commands of their own, which need no configuration of a run."""
+HOMES = {"import": "exchange", "export": "exchange", "plan_budget": "laws", "plan_moe": "laws", "plan_fit": "laws"}
 """The module of `app.commands` that a verb's function is in, where it is not the verb's own."""
 
 

@@ -1,6 +1,7 @@
-"""`growmoe plan budget` and `growmoe plan moe`: what printed scaling laws say about a budget."""
+"""`growmoe plan budget`, `plan moe`, `plan fit`: what scaling laws say about a budget, printed ones and one's own."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.laws.serving import Serving
@@ -114,6 +115,45 @@ def plan_moe(
         table.add_row(str(count), *cells, *last)
     note = f"cost: device-seconds of a million output tokens over the base's {cost:,.0f}; a roofline, not a measurement"
     _show(table, [note, *_warnings(JOINT, [(count, optimum(JOINT, budget, experts=count)) for count in counts])])
+
+
+def plan_fit(
+    runs: Path,
+    form: Literal["dense", "mixture"] = "dense",
+    flops: float | None = None,
+    bootstrap: int = 200,
+    seed: int = 0,
+) -> None:
+    """Fit a scaling law to runs of one's own, print its constants with 90 % intervals, and what it says about a budget.
+
+    Args:
+        runs: a CSV file with the columns parameters, tokens and loss (nats per token), and for mixtures experts.
+        form: dense, E + A/N^alpha + B/D^beta (Hoffmann et al.), or mixture (Yun et al., equation 4).
+        flops: a training budget to plan for, 6 FLOPs for each parameter and token.
+        bootstrap: samples of the runs, drawn with replacement, whose fits give the intervals.
+        seed: of these draws.
+    """
+    from app.laws.fitting import fit, read_runs
+    from app.laws.law import optimum
+
+    require_positive(bootstrap=bootstrap)
+    rows = read_runs(runs, form)
+    found = fit(rows, form, bootstrap, seed)
+    table = _new_table(f"{runs}: {len(rows)} runs, {form}", found.law)
+    for column in ("constant", "value", "from", "to"):
+        table.add_column(column, justify="right")
+    for name, values in found.constants.items():
+        table.add_row(name, *(f"{value:.4g}" for value in values))
+    notes = [f"intervals hold 90 % of {bootstrap} bootstrap fits; error of log L: {found.rmse:.2g} (root mean square)"]
+    if flops is not None:
+        counts = sorted({int(count) for count in rows[:, 2]}) if form == "mixture" else [1]
+        for count in counts:
+            best = optimum(found.law, flops, **({"experts": count} if form == "mixture" else {}))
+            label = f"{count} experts: " if form == "mixture" else ""
+            bought = f"{_short(best.parameters)} parameters, {_short(best.tokens)} tokens, loss {best.loss:.3f}"
+            notes.append(f"{label}{flops:.3g} FLOPs buy {bought}")
+            notes += found.law.domain.warnings(parameters=best.parameters, tokens=best.tokens)
+    _show(table, notes)
 
 
 def _checked(experts: list[int]) -> list[int]:

@@ -1,11 +1,14 @@
 """Scaling laws against what their papers print, and the planner's arithmetic."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from app.cli import main
 from app.laws.fairseq import speed_up, training_flops
+from app.laws.fitting import EXPERTS_MOST, EXPERTS_START, fit, read_runs
 from app.laws.law import optimum
 from app.laws.printed import (
     ABNAR,
@@ -194,6 +197,87 @@ def test_speed_up_factor() -> None:
         speed_up(curve, 1e20, 0.1)
     with pytest.raises(InputError, match="at least 2"):
         speed_up(curve[:1], 1e20, 0.3)
+
+
+# -- laws of one's own -------------------------------------------------------------------------------------------------
+
+
+def write_runs(path: Path, form: str, noise: float, seed: int = 0) -> Path:
+    """Runs by a known law: 5 sizes x 4 amounts of data (x 3 numbers of experts)."""
+    random = np.random.default_rng(seed)
+    lines = ["parameters,tokens,experts,loss"]
+    for n in (2e7, 6e7, 2e8, 6e8, 2e9):
+        for tokens in (1e9, 4e9, 1.6e10, 6.4e10):
+            for experts in (1, 8, 32) if form == "mixture" else (1,):
+                if form == "mixture":
+                    counted = saturated(experts, EXPERTS_START, EXPERTS_MOST)
+                    inner = 60 / n**0.18 + 0.5 / counted**0.6 + 60 / tokens**0.2 + 1.3
+                    loss = inner * math.exp(0.001 * math.log(n) * math.log(counted))
+                else:
+                    loss = CHINCHILLA.loss(n, tokens)
+                lines.append(f"{n},{tokens},{experts},{loss * math.exp(random.normal(0, noise))}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_dense_law_is_recovered_from_its_runs(tmp_path: Path) -> None:
+    rows = read_runs(write_runs(tmp_path / "runs.csv", "dense", 0.0), "dense")
+    found = fit(rows, "dense", num_bootstrap=2)
+    assert found.constants["alpha"][0] == pytest.approx(0.3478, abs=2e-3)
+    assert found.constants["beta"][0] == pytest.approx(0.3658, abs=2e-3)
+    assert math.exp(found.constants["log E"][0]) == pytest.approx(1.8172, abs=2e-3)
+    assert found.rmse < 1e-4
+    assert found.law.loss(7e9, 1.4e11) == pytest.approx(CHINCHILLA.loss(7e9, 1.4e11), abs=2e-3)
+    assert found.law.domain.warnings(parameters=7e9, tokens=1e10) != []
+
+
+def test_intervals_hold_the_truth_and_noise_widens_them(tmp_path: Path) -> None:
+    widths = []
+    for noise in (0.001, 0.01):
+        rows = read_runs(write_runs(tmp_path / "runs.csv", "dense", noise), "dense")
+        value, low, high = fit(rows, "dense", num_bootstrap=20).constants["log E"]
+        assert low <= value <= high
+        assert low - 0.05 <= math.log(1.8172) <= high + 0.05
+        widths.append(high - low)
+    assert widths[1] > 2 * widths[0]
+
+
+def test_a_mixture_law_predicts_what_it_was_not_shown(tmp_path: Path) -> None:
+    rows = read_runs(write_runs(tmp_path / "runs.csv", "mixture", 0.002), "mixture")
+    found = fit(rows, "mixture", num_bootstrap=2)
+    for experts in (1, 8, 32):
+        counted = saturated(experts, EXPERTS_START, EXPERTS_MOST)
+        inner = 60 / 3e9**0.18 + 0.5 / counted**0.6 + 60 / 1e11**0.2 + 1.3
+        truth = inner * math.exp(0.001 * math.log(3e9) * math.log(counted))
+        assert found.law.loss(3e9, 1e11, experts=experts) == pytest.approx(truth, abs=0.01)
+
+
+def test_fit_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_runs(tmp_path / "runs.csv", "dense", 0.001)
+    main(["plan", "fit", str(path), "--flops", "1e19", "--bootstrap", "3"])
+    printed = capsys.readouterr().out
+    assert "alpha" in printed and "1e+19 FLOPs buy" in printed and "20 runs" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "cannot be read"),
+        ("parameters,loss\n1,2\n", "no column 'tokens'"),
+        ("parameters,tokens,loss\n1e6,1e9,x\n", "line 2: loss='x' is no number above 0"),
+        ("parameters,tokens,loss\n1e6,1e9,-1\n", "loss='-1' is no number above 0"),
+        ("parameters,tokens,loss\n1e6,1e9,3\n", "1 runs cannot tell 5 constants; give at least 6"),
+    ],
+)
+def test_runs_that_tell_nothing_are_refused(
+    text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "fit", str(path)])
+    assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
