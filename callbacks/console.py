@@ -76,7 +76,9 @@ class Console(TQDMProgressBar):
         metrics: Mapping[str, float],
         transition: Mapping[str, Any] | None,
     ) -> None:
-        """The figure of each task, as far as they fit."""
+        """The figure of each task, as far as they fit; `validate` prints all of them in the end."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         values = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items()]
         rest = f"  and {len(values) - MAX_TASKS} more" if len(values) > MAX_TASKS else ""
         self._line(f"step {trainer.global_step:>6}  evaluation  {'  '.join(values[:MAX_TASKS])}{rest}")
