@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         sys.stdout.write(_help())
         return
-    verb, rest = arguments[0], arguments[1:]
+    verb, rest = arguments[0], _with_underscores(arguments[1:])
     if f"{verb}_{''.join(rest[:1])}" in PLANS:
         verb, rest = f"{verb}_{rest[0]}", rest[1:]
     try:
@@ -62,6 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.stderr.write(f"growmoe {verb.replace('_', ' ')}: {' '.join(str(reason).split())}\n")
         sys.exit(2)
+
+
+def _with_underscores(arguments: Sequence[str]) -> list[str]:
+    """Options as they are called here, also where somebody writes --data-mirror; behind `--` all are words."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    written = re.compile(r"^--[a-zA-Z][\w.-]*(?==|$)")
+    named = [
+        written.sub(lambda found: "--" + found[0][2:].replace("-", "_"), word, count=1) for word in arguments[:end]
+    ]
+    return [*named, *arguments[end:]]
 
 
 def _runner(verb: str) -> Callable[[Sequence[str]], None]:

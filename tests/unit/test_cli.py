@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.cli import _add_signature, _options_first
+from app.cli import _add_signature, _options_first, _with_underscores
 from app.parsing import OneLineParser
 
 
@@ -47,3 +47,20 @@ def test_options_and_words_may_be_mixed(
         return
     found = vars(parser.parse_args(_options_first(parser, line)))
     assert found == {"size": 3, "loud": False, "name": "", **expected}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--data-mirror", "--data_mirror"),
+        ("--data-mirror=/a/b-c", "--data_mirror=/a/b-c"),
+        ("--evaluation.every-n-steps", "--evaluation.every_n_steps"),
+        ("--limit", "--limit"),
+        ("a--b-c", "a--b-c"),
+        ("- a-list", "- a-list"),
+        ("-5", "-5"),
+        ("--trainer.callbacks+=a-b", "--trainer.callbacks+=a-b"),
+    ],
+)
+def test_dashes_in_options_are_underscores(word: str, expected: str) -> None:
+    assert _with_underscores(["x-y", word, "--", "--a-b"]) == ["x-y", expected, "--", "--a-b"]
