@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from app.checkpoint import MANIFEST, open_weights, read_metadata, read_tokenizer_json
+from callbacks.evaluation.text_side import TextSide
 from datamodules.tokenizer import Tokenizer
 from modules.config import ModelConfig
 from modules.errors import InputError
@@ -60,13 +61,22 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, tokenizer_file: P
     origin = metadata.get("origin") or {}
     if tokenizer_file is not None:
         tokenizer_json, origin = replace_tokenizer(tokenizer_file, config.vocab_size, tokenizer_json, origin)
-    tokenizer, begin_ids, end_ids = _text_side(
+    tokenizer, begin_ids, end_ids = _tokens_around(
         f"tokenizer of {path}" if tokenizer_file is None else f"tokenizer={tokenizer_file}",
         origin,
         tokenizer_json,
         config.vocab_size,
     )
     return LoadedModel(build_network(config, weights, dtype), tokenizer, metadata, begin_ids, end_ids)
+
+
+def text_side(model: LoadedModel, path: Path) -> TextSide:
+    """Its tokenizer, and what it expects around a text. Raises `InputError` for a model without a tokenizer."""
+    if model.tokenizer is None:
+        raise InputError(f"{path} has no tokenizer, and tasks are text; import it again with --tokenizer FILE")
+    origin = model.metadata.get("origin") or {}
+    prefix = origin.get("token_ids", {}).get("bos_token_id")
+    return TextSide(model.tokenizer, model.begin_ids, prefix, model.end_ids or None)
 
 
 def build_network(config: ModelConfig, weights: Weights, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -106,7 +116,7 @@ def replace_tokenizer(
     return text, with_tokenizer(origin, before, text, f"tokenizer={path}") if origin else {}
 
 
-def _text_side(
+def _tokens_around(
     where: str, origin: Mapping[str, Any], tokenizer_json: str | None, vocab_size: int
 ) -> tuple[Tokenizer | None, list[int], list[int]]:
     """Tokenizer, begin tokens and end tokens: as the origin has them, or end-of-text for both."""

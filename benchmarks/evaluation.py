@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from app.commands.evaluate import _text_side
-from app.loading import LoadedModel, load_model
+from app.loading import LoadedModel, load_model, text_side
 from benchmarks import timing
 from callbacks.evaluation.batching import distinct_rows, plan_batches
 from callbacks.evaluation.model import FEWSHOT_SEED, HarnessLM
@@ -126,7 +125,7 @@ def main() -> None:
         write_model(Path(folder), flags.tokenizer, flags)
         model = load_model(Path(folder))
         model.network.to(flags.device)
-        text = _text_side(model, Path(folder))
+        text = text_side(model, Path(folder))
         peer = HFLM(pretrained=folder, dtype="float32", batch_size=8, device=flags.device)
     rows = []
     for name, requests in tasks.items():

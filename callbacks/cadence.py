@@ -1,4 +1,6 @@
-"""When callbacks act: between optimizer steps, never in the middle of gradient accumulation."""
+"""When callbacks act: between optimizer steps, never in the middle of gradient accumulation; and who hears of it."""
+
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -21,3 +23,8 @@ def is_log_step(trainer: pl.Trainer) -> bool:
 def tokens_seen(trainer: pl.Trainer) -> int:
     """Training tokens (targets) of all finished micro-batches, over all ranks."""
     return trainer.datamodule.consumed_samples * trainer.datamodule.seq_len
+
+
+def observers(trainer: pl.Trainer, method: str) -> list[Any]:
+    """The callbacks with a hook of our own, such as `on_transition` or `on_evaluation`, in their order."""
+    return [callback for callback in trainer.callbacks if hasattr(callback, method)]

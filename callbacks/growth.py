@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from callbacks.cadence import starts_step, tokens_seen
+from callbacks.cadence import observers, starts_step, tokens_seen
 from modules.config import ModelConfig
 from modules.errors import InputError
 from modules.growth.stage import GrowthStage, Plateau
@@ -138,7 +138,7 @@ class Growth(pl.Callback):
         return step is not None and trainer.global_step >= step
 
     def _apply(self, stage: GrowthStage, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        for observer in _observers(trainer, "before_transition"):
+        for observer in observers(trainer, "before_transition"):
             observer.before_transition(trainer, pl_module)
         started = time.perf_counter()
         record = exchange_network(stage, trainer, pl_module)
@@ -154,7 +154,7 @@ class Growth(pl.Callback):
         pl_module.transition_records.append(record)
         if trainer.is_global_zero:
             append_jsonl(Path(trainer.default_root_dir) / LOG_FILE, record)
-        for observer in _observers(trainer, "on_transition"):
+        for observer in observers(trainer, "on_transition"):
             observer.on_transition(trainer, pl_module, record)
 
 
@@ -270,7 +270,3 @@ def _exchange_optimizer(trainer: pl.Trainer, grown: Grown) -> None:
     scheduler = trainer.lr_scheduler_configs[0].scheduler
     assert isinstance(scheduler, LambdaLR)
     continue_scheduler(scheduler, trainer.global_step)
-
-
-def _observers(trainer: pl.Trainer, method: str) -> list[Any]:
-    return [callback for callback in trainer.callbacks if hasattr(callback, method)]

@@ -4,16 +4,16 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 
-from callbacks.cadence import finished_step, tokens_seen
+from callbacks.cadence import finished_step, observers, tokens_seen
 from callbacks.evaluation.company import Stopped
 from callbacks.evaluation.results import counts_errors, headline_names
 from callbacks.evaluation.suites import Suite, choose_suite, load_suite, load_suites
-from callbacks.evaluation.tasks import LoadedTasks, Missing, Source, load_tasks
+from callbacks.evaluation.tasks import LoadedTasks, Missing, Source, check_limit, load_tasks
 from callbacks.evaluation.trainer_side import (
     beside_transition,
     has_tables,
@@ -52,7 +52,7 @@ class LMEvaluation(pl.Callback):
         at_end: evaluate when training has reached its last step.
         at_transitions: evaluate the grown network behind each transition.
         limit: documents per task at most, the first ones; below 1, a share of them.
-        max_batch_tokens: tokens of one forward pass, padding included.
+        max_batch_tokens: tokens of one forward pass; less needs less memory.
         data_mirror: a folder that holds data sets of the hub as <org>/<name>; nothing is then asked of the hub.
         missing: what to do about tasks whose data are not at hand: error names them before training starts, skip warns
             and goes on with the others.
@@ -84,8 +84,7 @@ class LMEvaluation(pl.Callback):
                 raise InputError(
                     f"evaluation.{name}={value} must be at least 1; leave it out for no regular evaluation"
                 )
-        if limit is not None and not limit > 0:
-            raise InputError(f"limit={limit} must be above 0 documents; leave it out to evaluate all")
+        check_limit(limit)
         require_positive(**{"evaluation.max_batch_tokens": max_batch_tokens})
         require_not_negative(**{"evaluation.examples": examples})
         self.suite: Suite | None = None
@@ -248,9 +247,8 @@ class LMEvaluation(pl.Callback):
             self._note_failure(trainer, "evaluation", error)
             return None
         if record is not None:
-            for callback in trainer.callbacks:
-                if isinstance(callback, HearsOfEvaluations):
-                    callback.on_evaluation(trainer, pl_module, self.latest_metrics, transition)
+            for callback in observers(trainer, "on_evaluation"):
+                callback.on_evaluation(trainer, pl_module, self.latest_metrics, transition)
         return record
 
     def state_dict(self) -> dict[str, Any]:
@@ -315,18 +313,3 @@ class LMEvaluation(pl.Callback):
                 num_examples=self.examples if has_tables(trainer) else 0,
             )
         return self._harness
-
-
-@runtime_checkable
-class HearsOfEvaluations(Protocol):
-    """A callback that acts on what an evaluation found."""
-
-    def on_evaluation(
-        self,
-        trainer: pl.Trainer,
-        pl_module: LanguageModel,
-        metrics: Mapping[str, float],
-        transition: Mapping[str, Any] | None,
-    ) -> None:
-        """Called behind each evaluation, on all processes."""
-        ...

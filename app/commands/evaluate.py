@@ -17,9 +17,7 @@ from modules.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from app.loading import LoadedModel
     from callbacks.evaluation.suites import Suite
-    from callbacks.evaluation.text_side import TextSide
 
 
 def evaluate(
@@ -48,13 +46,13 @@ def evaluate(
             differences with their standard errors.
         data_mirror: a folder that holds data sets of the hub as <org>/<name>; nothing is then asked of the hub.
         missing: what to do about tasks whose data are not at hand; error names them, skip goes on with the others.
-        max_batch_tokens: tokens of one forward pass, padding included; less needs less memory.
+        max_batch_tokens: tokens of one forward pass; less needs less memory.
         device: where the model runs, such as cpu or cuda; auto takes a GPU if there is one.
         dtype: the type of numbers the model computes in.
     """
     import torch
 
-    from app.loading import load_model
+    from app.loading import load_model, text_side
     from callbacks.evaluation.comparison import read_record
     from callbacks.evaluation.suites import choose_suite
     from callbacks.evaluation.tasks import Source, load_tasks
@@ -66,7 +64,7 @@ def evaluate(
     target = choose_device(device)
     harness_type = _import_harness()
     model = load_model(checkpoint, getattr(torch, dtype))
-    text = _text_side(model, checkpoint)
+    text = text_side(model, checkpoint)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="growmoe-tasks-") as folder:
         own = _write_embedded_tasks(suite, model.metadata, Path(folder)) if suite.embedded else None
@@ -104,17 +102,6 @@ def _import_harness() -> Any:
     except ImportError as error:
         raise InputError(f"lm-eval cannot be imported ({error}); install it with: pip install lm-eval") from error
     return Harness
-
-
-def _text_side(model: "LoadedModel", checkpoint: Path) -> "TextSide":
-    """Its tokenizer, and what the model expects in front of a text."""
-    from callbacks.evaluation.text_side import TextSide
-
-    if model.tokenizer is None:
-        raise InputError(f"{checkpoint} has no tokenizer, and tasks are text; import it again with --tokenizer FILE")
-    origin = model.metadata.get("origin") or {}
-    prefix = origin.get("token_ids", {}).get("bos_token_id")
-    return TextSide(model.tokenizer, model.begin_ids, prefix, model.end_ids or None)
 
 
 def _write_embedded_tasks(suite: "Suite", metadata: dict[str, Any], folder: Path) -> Path:

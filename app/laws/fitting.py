@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from app.laws.law import Domain, Law
+from app.laws.printed import CLARK_CONSTANTS, saturated
 from modules.errors import InputError
 
 Form = Literal["dense", "mixture"]
 HUBER_DELTA = 1e-3
 NUM_STARTS = 12
 _UNTIL = {"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 30}
-EXPERTS_START, EXPERTS_MOST = 1.847, 314.478
-"""Clark et al.'s saturation of experts (S-BASE): too few runs of one's own tell it"""
+EXPERTS_START, EXPERTS_MOST = CLARK_CONSTANTS["S-BASE"][-2:]
+"""how experts saturate: too few runs of one's own tell it"""
 COLUMNS = {"dense": ("parameters", "tokens", "loss"), "mixture": ("parameters", "tokens", "experts", "loss")}
 CONSTANTS = {
     "dense": ("log A", "alpha", "log B", "beta", "log E"),
@@ -128,8 +129,7 @@ def _predicted(form: Form, constants: Tensor, rows: Tensor) -> Tensor:
         a, alpha, b, beta, e = constants
         return torch.stack((a - alpha * log_n, b - beta * log_d, e.expand_as(log_n))).logsumexp(dim=0)
     a, alpha, b, beta, c, gamma, f, d = constants
-    counted = 1 / (1 / (rows[:, 2] - 1 + 1 / (1 / EXPERTS_START - 1 / EXPERTS_MOST)) + 1 / EXPERTS_MOST)
-    log_e = counted.log()
+    log_e = saturated(rows[:, 2], EXPERTS_START, EXPERTS_MOST).log()
     parts = (a - alpha * log_n, b - beta * log_e, c - gamma * log_d, f.expand_as(log_n))
     return torch.stack(parts).logsumexp(dim=0) + d * log_n * log_e
 

@@ -77,11 +77,6 @@ def optimum(law: Law, flops: float, **settings: Any) -> Optimum:
     Raises:
         InputError: a budget that is not above 0.
     """
-    return optimum_where(lambda n: flops / (FLOPS_PER_PARAMETER * n), law, flops, **settings)
-
-
-def optimum_where(tokens_of: Callable[[float], float], law: Law, flops: float, **settings: Any) -> Optimum:
-    """The least loss, where the tokens follow from the parameters in another way."""
     from scipy.optimize import minimize_scalar
 
     if not (flops > 0 and math.isfinite(flops)):
@@ -89,8 +84,8 @@ def optimum_where(tokens_of: Callable[[float], float], law: Law, flops: float, *
     centre = 0.5 * math.log(flops / 120)  # of 20 tokens for each parameter
 
     def loss_at(log_n: float) -> float:
-        return law.loss(math.exp(log_n), tokens_of(math.exp(log_n)), **settings)
+        return law.loss(math.exp(log_n), flops / (FLOPS_PER_PARAMETER * math.exp(log_n)), **settings)
 
     found = minimize_scalar(loss_at, bounds=(centre - 9, centre + 9), method="bounded", options={"xatol": 1e-10})
     parameters = math.exp(found.x)
-    return Optimum(parameters, tokens_of(parameters), float(found.fun))
+    return Optimum(parameters, flops / (FLOPS_PER_PARAMETER * parameters), float(found.fun))

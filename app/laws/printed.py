@@ -1,12 +1,13 @@
 """Laws with printed constants. Natural logarithms and nats throughout; each law counts parameters in its own way."""
 
 import math
+from typing import Any
 
 from app.laws.law import Domain, Law
 
 
-def saturated(experts: float, start: float, most: float) -> float:
-    """The number of experts that counts (Clark et al.): `start` for one, at most `most`.
+def saturated(experts: Any, start: float, most: float) -> Any:
+    """The number of experts that counts (Clark et al.), of a number or a tensor: `start` for one, at most `most`.
 
     1/Ê = 1/(E - 1 + (1/start - 1/most)^-1) + 1/most.
     """
@@ -122,5 +123,5 @@ ABNAR = Law(
     Domain({"sparsity": (0.0, 0.98), "parameters": (1e8, 5e10)}),
 )
 
-LAWS = {"chinchilla": CHINCHILLA, "hoffmann": HOFFMANN, "joint": JOINT, "abnar": ABNAR}
-"""Laws of N and D for which C = 6 N D has an optimum."""
+LAWS = {"chinchilla": CHINCHILLA, "hoffmann": HOFFMANN, "joint": JOINT}
+"""Laws whose N are the parameters that compute: C = 6 N D."""

@@ -27,9 +27,8 @@ from callbacks.evaluation.results import (
     right_answers,
 )
 from callbacks.evaluation.samples import examples_of
-from callbacks.evaluation.tasks import LoadedTasks, preserved_random_state, quiet_harness, seed_everything
+from callbacks.evaluation.tasks import LoadedTasks, check_limit, preserved_random_state, quiet_harness, seed_everything
 from callbacks.evaluation.text_side import TextSide
-from modules.errors import InputError
 from modules.layers.transformer import Transformer
 from modules.world import ONE_PROCESS, World
 
@@ -160,12 +159,6 @@ class Harness:
 def _number(value: Any) -> int:
     """A number that stands for something plain."""
     return int(hashlib.sha256(repr(value).encode()).hexdigest()[:15], 16)
-
-
-def check_limit(limit: int | float | None) -> None:
-    """Raise `InputError` for a limit that leaves nothing to evaluate."""
-    if limit is not None and not limit > 0:
-        raise InputError(f"limit={limit} must be above 0 documents; leave it out to evaluate all")
 
 
 def _report(on_failure: Failure | None, name: str, error: Exception) -> None:

@@ -66,6 +66,12 @@ class LoadedTasks:
     mirror_hash: str | None = None
 
 
+def check_limit(limit: int | float | None) -> None:
+    """Raise `InputError` for a limit that leaves nothing to evaluate."""
+    if limit is not None and not limit > 0:
+        raise InputError(f"limit={limit} must be above 0 documents; leave it out to evaluate all")
+
+
 def load_tasks(suite: Suite, source: Source = Source()) -> LoadedTasks:
     """Load a suite's tasks with their data sets; random state is left as it was found.
 

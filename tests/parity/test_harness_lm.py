@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.commands.evaluate import _text_side
-from app.loading import load_model
+from app.loading import load_model, text_side
 from callbacks.evaluation.suites import Suite
 from callbacks.evaluation.tasks import Source, load_tasks, preserved_random_state
 
@@ -85,7 +84,7 @@ def test_every_answer_is_that_of_lm_eval(directory: Path) -> None:
     suite = Suite("parity", tuple(SHOTS), SHOTS, folders=FOLDERS)
     loaded = load_tasks(suite, Source(mirror=Path(str(DATA)) / "eval_mirror"))
     model = load_model(directory, torch.float64)
-    ours = HarnessLM(model.network, _text_side(model, directory), max_batch_tokens=4096)
+    ours = HarnessLM(model.network, text_side(model, directory), max_batch_tokens=4096)
     with preserved_random_state():
         theirs = hflm.HFLM(
             pretrained=str(directory), dtype="float64", batch_size=16, device="cpu", experts_implementation="eager"
@@ -117,7 +116,7 @@ def test_scores_are_those_of_lm_eval(directory: Path) -> None:
     suite = Suite("parity", names, {name: SHOTS[name] for name in names}, folders=FOLDERS)
     source = Source(mirror=Path(str(DATA)) / "eval_mirror")
     model = load_model(directory)
-    text = _text_side(model, directory)
+    text = text_side(model, directory)
     found = Harness(load_tasks(suite, source), text, limit=LIMIT).evaluate(model.network).results
     theirs = hflm.HFLM(pretrained=str(directory), dtype="float32", batch_size=16, device="cpu")
     for name, entry in load_tasks(suite, source).by_name.items():
@@ -136,7 +135,7 @@ def test_long_texts_are_those_of_lm_eval(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**record, "max_position_embeddings": 96}))
     try:
         model = load_model(directory, torch.float64)
-        ours = HarnessLM(model.network, _text_side(model, directory), max_batch_tokens=512)
+        ours = HarnessLM(model.network, text_side(model, directory), max_batch_tokens=512)
         theirs = hflm.HFLM(
             pretrained=str(directory), dtype="float64", batch_size=2, device="cpu", experts_implementation="eager"
         )

@@ -109,7 +109,7 @@ def test_sparsity_helps_more_when_size_is_free() -> None:
 
 
 def test_every_law_tells_its_source_and_its_domain() -> None:
-    for law in (*LAWS.values(), FINE_GRAINED, CLARK):
+    for law in (*LAWS.values(), FINE_GRAINED, CLARK, ABNAR):
         assert "arXiv" in law.source and law.counts and law.domain.ranges
     assert JOINT.domain.warnings(parameters=5e9, experts=8) == [
         "parameters=5e+09 is outside of what the law was fitted on (up to 2.7e+09)"
