@@ -21,6 +21,7 @@ TRAINER_VERBS = {
     "fit": "train a model, growing it on the way when the recipe says so",
     "validate": "loss and bits per byte of each language on the validation split",
     "plan": "what fit would do with the same configuration: stages, sizes, FLOPs, memory, advice",
+    "measure": "step time of the same configuration by stage, where it goes, throughput, MFU, memory",
 }
 COMMANDS = {
     "prepare": "text, JSONL, parquet or a hub data set into token shards",
@@ -29,6 +30,7 @@ COMMANDS = {
     "grow": "the transition of a recipe, on a checkpoint instead of inside a run",
     "import": "a Hugging Face model into a checkpoint",
     "export": "a checkpoint into a Hugging Face model",
+    "compare": "a study at equal accelerator time: measures, plans, runs every arm, draws the speed-accuracy curve",
     "report": "one self-contained HTML page with plots for a run",
     "doctor": "versions, devices, collectives and files, and what is wrong with them",
 }
@@ -39,6 +41,8 @@ PLANS = {
     "plan_fit": "a scaling law fitted to runs of your own",
 }
 """Commands of their own, which need no configuration of a run."""
+CONFIGURED = ("compare",)
+"""Commands whose options stand in YAML files (-c), in which options on the command line change single values."""
 HOMES = {"import": "exchange", "export": "exchange", "plan_budget": "laws", "plan_moe": "laws", "plan_fit": "laws"}
 """The module of `app.commands` that a verb's function is in, where it is not the verb's own."""
 
@@ -98,6 +102,10 @@ def _run_trainer(arguments: Sequence[str]) -> None:
         from app.commands.plan import PlanCLI
 
         run(["fit", *arguments[1:]], PlanCLI)
+    elif arguments[0] == "measure":
+        from app.commands.measure import MeasureCLI
+
+        run(["fit", *arguments[1:]], MeasureCLI)
     else:
         run(arguments)
 
@@ -105,14 +113,17 @@ def _run_trainer(arguments: Sequence[str]) -> None:
 def _run_command(verb: str, arguments: Sequence[str]) -> None:
     _prepare_process()
     signal.signal(signal.SIGTERM, _end)  # so that what is half written is cleared away, as after Ctrl-C
-    from app.parsing import OneLineParser
+    from app.parsing import OneLineParser, layered_options
 
     module = importlib.import_module(f"app.commands.{HOMES.get(verb, verb)}")
     function = getattr(module, f"{verb}_" if keyword.iskeyword(verb) else verb)
     described = COMMANDS | PLANS
     parser = OneLineParser(prog=f"growmoe {verb.replace('_', ' ')}", description=described[verb])
     _add_signature(parser, function)
-    config = parser.parse_args(_options_first(parser, arguments))
+    if verb in CONFIGURED and not {"-h", "--help"} & set(arguments):
+        config = parser.parse_object(layered_options(arguments))
+    else:
+        config = parser.parse_args(_options_first(parser, arguments))
     function(**vars(parser.instantiate_classes(config)))
 
 

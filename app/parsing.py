@@ -3,14 +3,15 @@
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from modules.errors import find_input_error
+from modules.errors import InputError, find_input_error
 
 _NOISE = re.compile(
     r"^Parser key|Expected a <class 'NoneType'>|^Given value|^Errors:$|^Subtypes:|Does not validate against"
@@ -41,6 +42,38 @@ class OneLineParser(ArgumentParser):
         unknown = next((part for part in parts if part not in known), parts[-1])
         near = get_close_matches(unknown, sorted(known), n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
+
+
+def layered_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of YAML files (`-c FILE`, any number of them), and over these those of the command line
+    (`--name.part VALUE`, or alone for true); mappings are merged key by key.
+
+    Raises:
+        InputError: a file that cannot be read; words that are no option.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    layers, flags = [], []
+    words = deque(arguments)
+    try:
+        while words:
+            name, is_joined, value = words.popleft().partition("=")
+            if not re.match(r"--?[a-zA-Z]", name):
+                raise InputError(f"{name!r} is no option; write -c FILE, or --name VALUE")
+            if not is_joined:
+                value = words.popleft() if words and not words[0].startswith("--") else "true"
+            if name in ("-c", "--config"):
+                layers.append(OmegaConf.load(value))
+            else:
+                flags.append(f"{name.lstrip('-')}={value}")
+        merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(flags))
+        found = OmegaConf.to_container(merged, resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"the configuration cannot be read: {error}") from None
+    assert isinstance(found, dict)
+    return {str(name): value for name, value in found.items()}
 
 
 def _nested_names() -> Iterator[str]:

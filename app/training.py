@@ -66,7 +66,13 @@ class _Parser(LightningArgumentParser, OneLineParser):
 
 
 class TrainingCLI(LightningCLI):
-    """The verbs that train or validate."""
+    """The verbs that train or validate.
+
+    Attributes:
+        verb: what a subclass that takes the options of `fit` is called on the command line.
+    """
+
+    verb = "fit"
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -95,6 +101,10 @@ class TrainingCLI(LightningCLI):
             }
         )
 
+    def before_instantiate_classes(self) -> None:
+        """The launcher starts the same command again for further processes: `measure` was parsed as `fit`."""
+        sys.argv[1] = self.verb if self.subcommand == "fit" else self.subcommand
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with our callbacks in their order; loggers join once every check has passed."""
         settings = checked(self._get(self.config_init, "trainer")) | kwargs
@@ -102,7 +112,27 @@ class TrainingCLI(LightningCLI):
         self.growth: Growth = parts["growth"]
         self.stopper = StopOnSignal()
         self.checkpoint_io = DirectoryCheckpointIO(self.datamodule)
-        training = [
+        ours = self.own_callbacks(parts)
+        if settings["enable_progress_bar"] is False and parts["console"] in ours:
+            parts["console"].hide_bar()
+            settings["enable_progress_bar"] = None  # Lightning refuses any console beside False
+        settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
+        settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
+        self.extra_loggers = settings["logger"]
+        settings["logger"] = False
+        if self.subcommand != "fit":
+            settings["enable_checkpointing"] = False
+        return trainer_in(settings)
+
+    def own_callbacks(self, parts: dict[str, Any]) -> list[pl.Callback]:
+        """Our callbacks in their order.
+
+        Args:
+            parts: those of `CONFIGURABLE`, as configured.
+        """
+        if self.subcommand != "fit":
+            return [self.stopper, parts["evaluation"], parts["console"]]
+        return [
             TrainingLog(),
             parts["throughput"],
             parts["expert_load"],
@@ -114,17 +144,6 @@ class TrainingCLI(LightningCLI):
             parts["console"],
             parts["checkpoint"],
         ]
-        if settings["enable_progress_bar"] is False:
-            parts["console"].hide_bar()
-            settings["enable_progress_bar"] = None  # Lightning refuses any console beside False
-        ours = training if self.subcommand == "fit" else [self.stopper, parts["evaluation"], parts["console"]]
-        settings["callbacks"] = [*(settings["callbacks"] or []), *ours]
-        settings["plugins"] = [*(settings["plugins"] or []), self.checkpoint_io]
-        self.extra_loggers = settings["logger"]
-        settings["logger"] = False
-        if self.subcommand != "fit":
-            settings["enable_checkpointing"] = False
-        return trainer_in(settings)
 
     # -- fit -----------------------------------------------------------------------------------------------------------
 
@@ -313,7 +332,7 @@ def run(arguments: Sequence[str], cli: type[TrainingCLI] = TrainingCLI) -> None:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    sys.argv = [sys.argv[0], *arguments]  # the launcher starts the same program again
+    sys.argv = [sys.argv[0], *arguments]
     with parting():
         cli(
             LanguageModel,

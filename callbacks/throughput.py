@@ -39,9 +39,7 @@ class Throughput(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Size the window, and look the device up."""
         self._starts = deque(maxlen=max(WINDOW, trainer.log_every_n_steps) + 1)
-        if self.peak_flops is None and pl_module.device.type == "cuda":
-            name = torch.cuda.get_device_name(pl_module.device)
-            self.peak_flops = next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+        self.peak_flops = self.peak_flops or data_sheet_peak(pl_module.device)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: LanguageModel, batch: Any, batch_idx: int) -> None:
         """Note when the step starts."""
@@ -65,14 +63,23 @@ class Throughput(pl.Callback):
         dm = trainer.datamodule
         tokens = dm.batch_size * dm.seq_len * trainer.accumulate_grad_batches * pl_module.world.data_ranks
         metrics = {"perf/step_ms": 1000 * seconds, "perf/tokens_per_s": tokens / seconds}
-        metrics["memory/peak_mib"] = _peak_mib(pl_module.device)
+        metrics["memory/peak_mib"] = peak_memory(pl_module.device) / 2**20
         if self.peak_flops:
             flops = training_flops_per_token(pl_module.architecture, dm.seq_len) * tokens / seconds
             metrics["perf/mfu"] = flops / (self.peak_flops * trainer.world_size)
         return metrics
 
 
-def _peak_mib(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the most so far, of a GPU, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def data_sheet_peak(device: torch.device) -> float | None:
+    """FLOP/s of a GPU in bfloat16 by its maker; None where it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)

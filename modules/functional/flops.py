@@ -13,6 +13,11 @@ class ParameterCount:
     active: int
     non_embedding: int
 
+    @property
+    def active_non_embedding(self) -> int:
+        """Those of the active ones that are not in embedding and output head."""
+        return self.active - (self.total - self.non_embedding)
+
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Count parameters without building the model. `non_embedding` leaves out embedding and output head."""

@@ -1,0 +1,95 @@
+"""Step times of all arms of a study, measured in turn on one machine."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.measurement import read_measurement
+from app.study.children import run_command
+from app.study.design import Arm, Measuring, to_yaml
+from modules.errors import InputError
+from modules.files import replace_file
+
+SAME = ("machine", "versions")
+"""What all records of a study must have in common."""
+
+
+def measure_arms(
+    arms: Sequence[Arm], folder: Path, how: Measuring, tell: Callable[[str], None], launcher: str = ""
+) -> dict[str, dict[str, Any]]:
+    """The measurement of every arm by its key; those that are there are not made again.
+
+    Rounds go over all arms in turn, so that a machine that slows down or is shared treats them alike.
+
+    Raises:
+        InputError: options that `fit` would refuse; arms measured on different machines or versions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(how.rounds):
+        for arm in arms:
+            path = _path(folder, arm, number)
+            if path.exists():
+                continue
+            tell(f"measuring {arm.key}, round {number + 1} of {how.rounds}")
+            config = folder / f"{arm.key}.yaml"
+            replace_file(config, to_yaml(arm.configuration()).encode())
+            parts = how.parts if number == 0 else 0
+            flags = {"warmup": how.warmup, "steps": how.steps, "parts": parts}
+            words = [word for name, value in flags.items() for word in (f"--measure.{name}", str(value))]
+            try:
+                run_command(
+                    ["measure", "--config", str(config), *words, "--output", str(path)],
+                    folder / f"{arm.key}.log",
+                    launcher,
+                )
+            except InputError as error:
+                raise InputError(f"{arm.key}: {error}") from None
+            check_alike([read_measurement(each) for each in sorted(folder.glob("*.json"))])
+    return {arm.key: combined([read_measurement(_path(folder, arm, n)) for n in range(how.rounds)]) for arm in arms}
+
+
+def check_alike(records: Sequence[dict[str, Any]]) -> None:
+    """Raise `InputError` for records of different machines or versions: their times say nothing about the models."""
+    for record in records[1:]:
+        for name in SAME:
+            first, other = records[0][name], record[name]
+            if first != other:
+                differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+                told = "; ".join(f"{key} {first.get(key)!r} and {other.get(key)!r}" for key in differing)
+                raise InputError(
+                    f"step times of this study are of different {name}: {told}; they are not compared: measure all arms "
+                    "on one machine, in a new folder or after deleting the folder measure"
+                )
+
+
+def combined(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several: the steps of all rounds, and what follows from their median."""
+    record = dict(rounds[0])
+    record["stages"] = [
+        _combined_stage(stages, record) for stages in zip(*(each["stages"] for each in rounds), strict=True)
+    ]
+    return record
+
+
+def _combined_stage(stages: Sequence[dict[str, Any]], record: dict[str, Any]) -> dict[str, Any]:
+    steps = [seconds for stage in stages for seconds in stage["steps_s"]]
+    median = statistics.median(steps)
+    low, high = np.percentile(steps, (25, 75))
+    return {
+        **stages[0],
+        "steps_s": steps,
+        "step_s": median,
+        "step_s_quartiles": [float(low), float(high)],
+        "wait_s": statistics.median(stage["wait_s"] for stage in stages),
+        "tokens_per_s": record["tokens_per_step"] / median,
+        "mfu": statistics.median(stage["mfu"] * stage["step_s"] for stage in stages) / median,
+        "peak_mib": max(stage["peak_mib"] for stage in stages),
+        "transition_s": statistics.median(stage["transition_s"] for stage in stages),
+    }
+
+
+def _path(folder: Path, arm: Arm, number: int) -> Path:
+    return folder / f"{arm.key}-{number}.json"

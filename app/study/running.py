@@ -1,0 +1,131 @@
+"""The runs of a study: each is made once, goes on where a crash has left it, and leaves a result behind."""
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.study.budget import ArmCost, arm_steps
+from app.study.children import ChildFailed, run_command
+from app.study.design import Arm, Mode, StudyBudget, option, to_yaml
+from app.study.results import result_of
+from modules.errors import InputError
+from modules.files import replace_file
+from modules.functional.schedule import ScheduleConfig
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an arm.
+
+    Attributes:
+        steps: that the budget buys.
+        modes: of the budget, to which it answers: those that come to the same steps share a run.
+    """
+
+    arm: Arm
+    seed: int
+    steps: int
+    modes: tuple[Mode, ...]
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What it came to; None while it is not finished."""
+        path = self.folder / RESULT
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def plan_runs(
+    arms: Sequence[Arm],
+    costs: Mapping[str, ArmCost],
+    anchor: str,
+    budget: StudyBudget,
+    seeds: Sequence[int],
+    folder: Path,
+) -> list[Run]:
+    """All runs: those of the first seed before those of the next one."""
+    anchors = {arm.size: costs[arm.key] for arm in arms if arm.name == anchor}
+    wanted: dict[tuple[str, int], list[Mode]] = {}
+    for arm in arms:
+        for mode in budget.modes:
+            steps = arm_steps(costs[arm.key], anchors[arm.size], arm.size, mode, budget)
+            _check_length(arm, costs[arm.key], steps)
+            wanted.setdefault((arm.key, steps), []).append(mode)
+    by_key = {arm.key: arm for arm in arms}
+    return [
+        Run(by_key[key], seed, steps, tuple(modes), folder / key / f"steps-{steps}-seed-{seed}")
+        for seed in seeds
+        for (key, steps), modes in wanted.items()
+    ]
+
+
+def _check_length(arm: Arm, cost: ArmCost, steps: int) -> None:
+    """Raise `InputError` for a run in which the warm-up or the growth does not end."""
+    schedule = ScheduleConfig(**(option(arm.options, "model.init_args.schedule") or {}))
+    late = max(stage.begins(steps, cost.tokens_per_step) for stage in cost.stages)
+    if schedule.warmup_steps >= steps or late >= steps:
+        what = f"a warm-up of {schedule.warmup_steps} steps" if schedule.warmup_steps >= steps else "its growth"
+        raise InputError(
+            f"the budget buys {arm.key} {steps} steps, and {what} does not end in them; raise the budget, or change the arm"
+        )
+
+
+def make_runs(
+    runs: Sequence[Run], costs: Mapping[str, ArmCost], tell: Callable[[str], None], launcher: str = ""
+) -> list[str]:
+    """Make every run that is not finished; returns what failed, in words. A failed run does not keep others back.
+
+    Several processes may share a study: a run that another one is at work on is left to it, and waited for at the end.
+    """
+    failures, left = [], []
+    for is_waiting, queue in ((False, runs), (True, left)):
+        for number, run in enumerate(queue, start=1):
+            with _held(run, is_waiting) as is_ours:
+                if not is_ours:
+                    left.append(run)
+                elif run.result is None:
+                    tell(f"run {number} of {len(queue)}: {run.arm.key}, {run.steps} steps, seed {run.seed}")
+                    try:
+                        _make(run, costs[run.arm.key], launcher)
+                    except (ChildFailed, InputError) as error:
+                        failures.append(f"{run.arm.key}, seed {run.seed}: {error}")
+                        tell(failures[-1])
+    return failures
+
+
+def _make(run: Run, cost: ArmCost, launcher: str) -> None:
+    config = run.folder.with_suffix(".yaml")
+    replace_file(config, to_yaml(run.arm.configuration(run.seed, str(run.folder), run.steps)).encode())
+    arguments = ["fit", "--config", str(config), "--ckpt_path", "auto"]
+    run_command(arguments, run.folder.with_suffix(".log"), launcher)
+    result = {
+        "size": run.arm.size,
+        "arm": run.arm.name,
+        "seed": run.seed,
+        "steps": run.steps,
+        "tokens": run.steps * cost.tokens_per_step,
+        "accelerator_seconds": cost.accelerator_seconds(run.steps),
+        "flops": cost.flops(run.steps),
+        **result_of(run.folder, cost),
+    }
+    replace_file(run.folder / RESULT, (json.dumps(result) + "\n").encode())
+
+
+@contextmanager
+def _held(run: Run, is_waiting: bool) -> Iterator[bool]:
+    """Keep other processes from a run for the time of the context; False where another one has it."""
+    path = run.folder.with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
