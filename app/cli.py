@@ -31,7 +31,7 @@ COMMANDS = {
     "import": "a Hugging Face model into a checkpoint",
     "export": "a checkpoint into a Hugging Face model",
     "compare": "a study at equal accelerator time: measures, plans, runs every arm, draws the speed-accuracy curve",
-    "report": "one self-contained HTML page with plots for a run",
+    "report": "one self-contained HTML page with plots for a run or a study",
     "doctor": "versions, devices, collectives and files, and what is wrong with them",
 }
 """Each verb is the function of its name in `app.commands`; its signature is its command line."""

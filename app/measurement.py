@@ -77,7 +77,7 @@ def measurement_record(
 ) -> dict[str, Any]:
     """Plain JSON: the machine, and each stage with its sizes, its times and what makes it begin."""
     versions = {name: version for name, version in installed_versions().items() if name in SPEED_VERSIONS}
-    triggers = [None, *(_trigger(stage) for stage in recipe)]
+    triggers = [None, *(stage.when for stage in recipe)]
     return {
         "format": FORMAT,
         "machine": machine,
@@ -124,8 +124,3 @@ def _stage_record(stage: StageTimes, batch: Batch, peak_flops: float) -> dict[st
         "parts_s": stage.parts,
         "transition_s": stage.transition,
     }
-
-
-def _trigger(stage: GrowthStage) -> dict[str, Any]:
-    found = {name: getattr(stage, name) for name in ("at_step", "at_tokens", "at_fraction")}
-    return {name: value for name, value in found.items() if value is not None}

@@ -20,3 +20,25 @@ def check_new_output(output: Path) -> None:
     size = len(output.name.encode())
     if size > _LONGEST_NAME:
         raise InputError(f"output has a name of {size} bytes, and at most {_LONGEST_NAME} are possible; shorten it")
+
+
+def check_report(path: Path, option: str, endings: tuple[str, ...], mark: str = "growmoe report") -> None:
+    """Raise `InputError` for a page or picture that is not named like one, or is in the way of what someone else wrote.
+
+    Args:
+        mark: what our own files have near their beginning: they may be written anew.
+    """
+    if path.suffix.lower() not in endings:
+        raise InputError(
+            f"{option}={path} does not end in {endings[0]}; the file is written as {endings[0]}: rename it"
+        )
+    if not path.parent.is_dir():
+        raise InputError(f"{option}={path} lies in a folder that does not exist; create {path.parent} first")
+    if path.is_dir():
+        raise InputError(f"{option}={path} is a folder; give the name of a file")
+    if path.exists():
+        with path.open("rb") as file:
+            if mark.encode() not in file.read(4096):
+                raise InputError(
+                    f"{option}={path} exists and is not a {mark}, so it stays; choose another name or move it"
+                )

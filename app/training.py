@@ -25,6 +25,7 @@ from app.start import start_from
 from app.strategies import ExpertParallelStrategy
 from app.trainer import checked, trainer_in
 from app.wandb_log import WandbSettings, start_wandb
+from callbacks.budget import Budget, run_cost
 from callbacks.checkpointing import Checkpointing
 from callbacks.console import Console
 from callbacks.expert_load import ExpertLoad
@@ -33,6 +34,7 @@ from callbacks.growth import Growth
 from callbacks.lm_evaluation import LMEvaluation
 from callbacks.monitor import Monitor
 from callbacks.safety import StopOnSignal
+from callbacks.step_clock import StepClock
 from callbacks.throughput import Throughput
 from callbacks.training_log import TrainingLog
 from datamodules.bilingual import BilingualText  # noqa: F401  (subclasses are found by name once imported)
@@ -53,6 +55,7 @@ CONFIGURABLE = {
     "throughput": Throughput,
     "expert_load": ExpertLoad,
     "growth": Growth,
+    "budget": Budget,
     "evaluation": LMEvaluation,
     "monitor": Monitor,
     "console": Console,
@@ -103,7 +106,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """The launcher starts the same command again for further processes: `measure` was parsed as `fit`."""
-        sys.argv[1] = self.verb if self.subcommand == "fit" else self.subcommand
+        sys.argv[1] = self.verb if self.subcommand == "fit" else sys.argv[1]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The trainer with our callbacks in their order; loggers join once every check has passed."""
@@ -132,17 +135,21 @@ class TrainingCLI(LightningCLI):
         """
         if self.subcommand != "fit":
             return [self.stopper, parts["evaluation"], parts["console"]]
+        clock = StepClock()
         return [
+            clock,
             TrainingLog(),
             parts["throughput"],
             parts["expert_load"],
             self.growth,
+            parts["budget"],
             self.stopper,
             parts["evaluation"],
             FinalValidation(),
             parts["monitor"],
             parts["console"],
             parts["checkpoint"],
+            clock.last,
         ]
 
     # -- fit -----------------------------------------------------------------------------------------------------------
@@ -150,12 +157,12 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check everything that can be checked; only then touch the run directory."""
         run_dir = Path(self.trainer.default_root_dir)
-        max_steps = self._checked_steps()
         requested = self._get(self.config_init, "ckpt_path")
         chosen, damaged = choose_checkpoint(run_dir, requested, is_writer=self.trainer.is_global_zero)
         metadata = self._restore_shape(chosen)
         if chosen is None and self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
+        max_steps = self._checked_steps()
         architectures = self._check_recipe()
         done = len(self.model.applied_transitions)
         self.model.architecture = self.model.architecture.trained_like(architectures[done])
@@ -223,12 +230,12 @@ class TrainingCLI(LightningCLI):
 
     def plan(self) -> list[PlannedStage]:
         """The stages that `fit` would go through, after all checks that need no data."""
-        max_steps = self._checked_steps()
         requested = self._get(self.config_init, "ckpt_path")
         if requested is not None:
             self._restore_shape(self._named_checkpoint(requested))
         elif self.model.start_from is not None:
             start_from(Path(self.model.start_from), self.model, self.datamodule)
+        max_steps = self._checked_steps()
         architectures = self._check_recipe()
         is_muon, seq_len = self.model.optimizer_config.kind == "muon", self.datamodule.seq_len
         return plan_stages(architectures, self.growth.stages, max_steps, self._tokens_per_step, seq_len, is_muon)
@@ -251,7 +258,13 @@ class TrainingCLI(LightningCLI):
         return rows * self.datamodule.seq_len
 
     def _checked_steps(self) -> int:
-        """The length of the run."""
+        """The length of the run, which the trainer is given where a budget decides about it."""
+        budget: Budget = self._get(self.config_init, "budget")
+        architectures, seq_len = self.growth.architectures(self.model.initial_architecture), self.datamodule.seq_len
+        if budget.mode in ("tokens", "flops", "own_chinchilla"):
+            cost = run_cost(architectures, self.growth.stages, self._tokens_per_step, seq_len)
+            self.trainer.fit_loop.epoch_loop.max_steps = budget.steps(self.trainer.max_steps, cost)
+        budget.expect(self.growth, architectures, seq_len)
         max_steps = self.trainer.max_steps
         if max_steps < 1:
             raise InputError(f"trainer.max_steps={max_steps} gives the run no end; set trainer.max_steps to at least 1")

@@ -63,17 +63,7 @@ class Growth(pl.Callback):
         Raises:
             InputError: naming the stage.
         """
-        architectures = [architecture]
-        for number, stage in enumerate(self.stages):
-            if stage.trigger is None:
-                raise InputError(
-                    f"growth stage {number + 1} does not say when it is due; give at_step, at_tokens, at_fraction or "
-                    "at_plateau"
-                )
-            try:
-                architectures.append(target_config(architectures[-1], stage))
-            except InputError as error:
-                raise InputError(f"growth stage {number + 1}: {error}") from None
+        architectures = self.architectures(architecture)
         due = [stage.due_step(tokens_per_step, max_steps) for stage in self.stages]
         for number, (stage, step) in enumerate(zip(self.stages, due, strict=True), start=1):
             if step is not None and step >= max_steps:
@@ -94,11 +84,26 @@ class Growth(pl.Callback):
             )
         return architectures
 
+    def architectures(self, architecture: ModelConfig) -> list[ModelConfig]:
+        """What a model goes through, itself included; raises `InputError`, naming the stage."""
+        found = [architecture]
+        for number, stage in enumerate(self.stages, start=1):
+            if stage.trigger is None:
+                raise InputError(
+                    f"growth stage {number} does not say when it is due; give at_step, at_tokens, at_fraction or "
+                    "at_plateau"
+                )
+            try:
+                found.append(target_config(found[-1], stage))
+            except InputError as error:
+                raise InputError(f"growth stage {number}: {error}") from None
+        return found
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: LanguageModel, batch: Any, batch_idx: int) -> None:
         """Apply the stages that are due; the batch at hand is then the new network's first."""
         if not starts_step(trainer, batch_idx):
             return
-        while pl_module.stage < len(self.stages) and self._is_due(self.stages[pl_module.stage], trainer):
+        while pl_module.stage < len(self.stages) and self._is_due(self.stages[pl_module.stage], trainer, pl_module):
             self._apply(self.stages[pl_module.stage], trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -129,13 +134,14 @@ class Growth(pl.Callback):
     def _plateau(self, pl_module: LanguageModel) -> Plateau | None:
         return self.stages[pl_module.stage].at_plateau if pl_module.stage < len(self.stages) else None
 
-    def _is_due(self, stage: GrowthStage, trainer: pl.Trainer) -> bool:
+    def _is_due(self, stage: GrowthStage, trainer: pl.Trainer, pl_module: LanguageModel) -> bool:
         if stage.at_plateau is not None:
             return self._progress.without >= stage.at_plateau.patience
         if stage.at_tokens is not None:
             return tokens_seen(trainer) >= stage.at_tokens
-        step = stage.due_step(1, trainer.max_steps)
-        return step is not None and trainer.global_step >= step
+        pace, step = pl_module.pace, trainer.global_step
+        due = stage.due_step(1, pace.total)
+        return due is not None and (pace.at(step) if stage.at_fraction is not None else step) >= due
 
     def _apply(self, stage: GrowthStage, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         for observer in observers(trainer, "before_transition"):

@@ -1,7 +1,6 @@
 """Step times of every stage of a run: some steps to warm up, some that are timed, some that are taken apart."""
 
 import statistics
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +56,11 @@ class StepMeter(pl.Callback):
         self.warmup, self.num_timed, self.num_parted = warmup, steps, parts
         self.num_stages = 1
         self.stages: list[StageTimes] = []
+        self._steps: list[float] = []
+        self._waits: list[float] = []
+        self._clock: PartClock | None = None
+        self._watching = ExitStack()
+        self._ended = self._waited = 0.0
         self._clear()
 
     @property
@@ -110,16 +114,11 @@ class StepMeter(pl.Callback):
 
     def _clear(self) -> None:
         """A stage begins."""
-        self._done = 0
-        self._steps: list[float] = []
-        self._waits: list[float] = []
-        self._waited = self._idle_since = 0.0
-        self._clock: PartClock | None = None
-        self._watching = ExitStack()
-        self._transition = 0.0
+        self._done, self._waited, self._idle_since, self._transition = 0, 0.0, 0.0, 0.0
+        self._steps, self._waits, self._clock = [], [], None
 
     def _collect(self, pl_module: LanguageModel) -> StageTimes:
-        parts: Counter[str] = Counter() if self._clock is None else self._clock.seconds
+        parts = {} if self._clock is None else self._clock.seconds
         wait = statistics.median(self._waits)
         scale = (statistics.median(self._steps) - wait) / sum(parts.values()) if parts else 0.0
         shown = {"input": wait, **{part: seconds * scale for part, seconds in parts.items()}} if parts else {}

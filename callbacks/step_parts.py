@@ -1,19 +1,19 @@
-"""Where a training step spends its time: parts of the model clocked forward and backward, and the collectives in them."""
+"""Where a training step spends its time: parts of the model, forward and backward, and the collectives in them."""
 
 import functools
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modules.layers.experts import RoutedExperts
-from modules.layers.transformer import Transformer
+from modules.layers.transformer import Block, Transformer
 
 REST = "rest"
 PARTS = ("attention", "feed-forward", "routing", "expert products", "loss", "optimizer", "communication", REST)
@@ -30,7 +30,7 @@ class PartClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.current = REST
         self._last = 0.0
 
@@ -125,7 +125,8 @@ def can_be_watched(network: Transformer) -> bool:
 def _spots(network: Transformer) -> Iterator[tuple[Any, str, str]]:
     """Owner and name of each function that is clocked, and its part."""
     for block in network.blocks:
-        layer: nn.Module = block.feed_forward
+        assert isinstance(block, Block)
+        layer = block.feed_forward
         yield block.attention, "forward", "attention"
         if isinstance(layer, RoutedExperts):
             yield layer, "forward", "routing"

@@ -16,7 +16,7 @@ from modules.config import CHECKPOINT_KEY, ModelConfig, describe_differences
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
 from modules.functional.routing import RoutingStats
-from modules.functional.schedule import ScheduleConfig, learning_rate_factor
+from modules.functional.schedule import Pace, ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
 from modules.optim import (
     OptimizerConfig,
@@ -25,6 +25,7 @@ from modules.optim import (
     build_optimizer,
     build_scheduler,
     clip_gradients,
+    continue_scheduler,
     factor_record,
 )
 from modules.routing_balance import RoutingBalance
@@ -73,6 +74,7 @@ class LanguageModel(pl.LightningModule):
         self.network: Transformer | None = None
         self._start_weights: Weights | None = None
         self.validation = Validation([])
+        self._pace: Pace | None = None
         self._balance = RoutingBalance()
 
     @staticmethod
@@ -178,24 +180,38 @@ class LanguageModel(pl.LightningModule):
             "factors": factor_record(self.factors),
             "optimizer": asdict(self.optimizer_config),
             "schedule": asdict(self.schedule_config),
-            "total_steps": self.trainer.max_steps,
+            "total_steps": self.pace.total,
             **({} if self.origin is None else {"origin": self.origin}),
         }
 
     @property
     def learning_rate(self) -> float:
         """The schedule's learning rate for the next update; grown parameters have factors on it."""
-        factor = learning_rate_factor(self.trainer.global_step, self.trainer.max_steps, self.schedule_config)
-        return self.optimizer_config.lr * factor
+        return self.optimizer_config.lr * self._rate_factor(self.trainer.global_step)
+
+    @property
+    def pace(self) -> Pace:
+        """How the run goes through its schedule."""
+        return self._pace or Pace(self.trainer.max_steps)
+
+    def set_pace(self, pace: Pace) -> None:
+        """Go on so that the run ends elsewhere than was planned; the learning rate follows at once."""
+        self._pace = pace
+        self.trainer.fit_loop.epoch_loop.max_steps = pace.last_step
+        for config in self.trainer.lr_scheduler_configs:
+            assert isinstance(config.scheduler, LambdaLR)
+            continue_scheduler(config.scheduler, self.trainer.global_step)
+
+    def _rate_factor(self, finished_steps: int) -> float:
+        return learning_rate_factor(finished_steps, self.pace, self.schedule_config)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer of the present network, and the schedule over the run's steps."""
-        total_steps = self.trainer.max_steps
-        self.schedule_config.check_total(total_steps)
+        self.schedule_config.check_total(self.pace.total)
         optimizer = build_optimizer(self._net, self.optimizer_config, self.factors, self.world)
-        scheduler = build_scheduler(optimizer, self.schedule_config, total_steps)
+        scheduler = build_scheduler(optimizer, lambda step: self._rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from modules.errors import InputError, require_positive
-from modules.functional.schedule import ScheduleConfig, learning_rate_factor
 from modules.grown_adamw import GrownAdamW
 from modules.muon import MuonAdamW, is_hidden_matrix
 from modules.world import ONE_PROCESS, World
@@ -99,9 +98,13 @@ def build_optimizer(
     return optimizer(groups, world, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
-    """The schedule as torch's scheduler, one call per optimizer step."""
-    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, config))
+def build_scheduler(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> LambdaLR:
+    """The schedule as torch's scheduler, one call per optimizer step.
+
+    Args:
+        factor: on the learning rate, for the update that follows so many finished ones.
+    """
+    return LambdaLR(optimizer, factor)
 
 
 def continue_scheduler(scheduler: LambdaLR, finished_steps: int) -> None:

@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from app.study.design import ArmOptions, Measuring, Options, StudyBudget
-from modules.errors import InputError
+from app.study.design import ArmOptions, Keep, Measuring, Options, StudyBudget, make_arms
 
 
 def compare(
@@ -14,9 +13,10 @@ def compare(
     sizes: dict[str, Options],
     arms: dict[str, ArmOptions],
     anchor: str = "dense",
-    seeds: list[int] = [0, 1],
+    seeds: list[int] | None = None,
     budget: StudyBudget = StudyBudget(),
     measure: Measuring = Measuring(),
+    keep_checkpoints: Keep = "last",
     launcher: str = "",
     only: str | None = None,
     report: bool = False,
@@ -32,9 +32,10 @@ def compare(
         sizes: by name, options of fit laid over these.
         arms: by name, what is compared.
         anchor: the arm whose runs set the budget of their size, a dense one.
-        seeds: every run is made with each of them, for weights and for the order of the data.
+        seeds: every run is made with each of them, for weights and for the order of the data; 0 and 1 when left out.
         budget: how long runs are.
         measure: how step times are measured.
+        keep_checkpoints: of runs that have their result: all, the last one, or none.
         launcher: what starts `-m app fit` for several processes, such as "torchrun --nproc_per_node 8".
         only: make runs whose arm or seed has this word in its name (nano, grown, seed-0); tables show what is there.
         report: make no run, and write the tables of what is there.
@@ -42,12 +43,10 @@ def compare(
     from app.study.report import write_report
     from app.study.study import Study
 
-    study = Study.open(folder, common, sizes, arms, anchor, seeds, budget, measure)
-    failures: list[str] = []
-    if not report:
-        failures = study.work(lambda text: _tell(text), launcher, only)
-    elif not study.is_measured:
-        raise InputError(f"{folder} holds no measured study yet; leave --report out to begin it")
+    study = Study(
+        folder, make_arms(common, sizes, arms, anchor), anchor, seeds or [0, 1], budget, measure, keep_checkpoints
+    ).begin()
+    failures = [] if report else study.work(_tell, launcher, only)
     for path in write_report(study):
         sys.stdout.write(f"{path}\n")
     if failures:

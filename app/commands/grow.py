@@ -17,7 +17,7 @@ from app.parsing import OneLineParser
 from modules.config import CHECKPOINT_KEY, ModelConfig
 from modules.errors import InputError
 from modules.functional.flops import count_parameters
-from modules.functional.schedule import ScheduleConfig
+from modules.functional.schedule import Pace, ScheduleConfig, learning_rate_factor
 from modules.growth.operation import seeded_generator
 from modules.growth.stage import GrowthStage
 from modules.growth.transition import (
@@ -206,7 +206,8 @@ def _optimizer_states(
     network = _on_meta(transition.config)
     factors, moments = optimizer_parts(transition, stage, network)
     optimizer = build_optimizer(network, OptimizerConfig(**record["optimizer"]), factors)
-    scheduler = build_scheduler(optimizer, ScheduleConfig(**record["schedule"]), record["total_steps"])
+    pace, schedule = Pace(record["total_steps"]), ScheduleConfig(**record["schedule"])
+    scheduler = build_scheduler(optimizer, lambda step: learning_rate_factor(step, pace, schedule))
     optimizer.state.update(
         {parameter: moments[name] for name, parameter in network.named_parameters() if name in moments}
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,12 +27,16 @@ def speed_up(dense: Curve, compute: float, loss: float) -> float:
     """How many times the compute a dense model takes to the same loss, between dense points on logarithmic scales.
 
     Raises:
-        InputError: fewer than two dense points; a loss that none of them reaches, or that all of them pass: nothing is
-            extrapolated.
+        InputError: fewer than two dense points; losses that do not fall with compute; a loss that none of them reaches,
+            or that all of them pass: nothing is extrapolated.
     """
     if len(dense) < 2:
         raise InputError(f"a curve of {len(dense)} dense models cannot be interpolated; give at least 2")
     points = sorted(dense, key=lambda point: point[1])
+    if any(later[0] >= earlier[0] for earlier, later in pairwise(points)):
+        raise InputError(
+            "the losses of the dense models do not fall with their compute; give them budgets further apart"
+        )
     losses = [math.log(point[1]) for point in points]
     if not losses[0] <= math.log(loss) <= losses[-1]:
         raise InputError(

@@ -6,15 +6,13 @@ E experts, K of them for each token.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from app.laws.law import FLOPS_PER_PARAMETER, Law, Optimum, optimum
-from modules.errors import InputError, require_positive
+from app.laws.law import Law, Optimum, at_size, falling_root, optimum
+from modules.errors import require_positive
 
 FEED_FORWARD_SHARE = 9 / 13
 """of a layer's weights, with a feed-forward of width 3 D in SwiGLU: 9 D² of 13 D² (the Joint law's shape)"""
-_STEPS = 200
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def cheapest_at_loss(
     best = optimum(law, flops, experts=experts)
     if best.loss > loss:
         return None
-    size = _bisect(lambda n: _loss(law, flops, n, experts) - loss, best.parameters * 1e-4, best.parameters)
+    size = falling_root(lambda n: _loss(law, flops, n, experts) - loss, best.parameters * 1e-4, best.parameters)
     chosen = Optimum(size, flops / (FLOPS_PER_PARAMETER * size), _loss(law, flops, size, experts))
     return Choice(experts, best, chosen, serving.cost(size, experts, top_k))
 
@@ -134,20 +132,10 @@ def best_at_cost(
     least = best.parameters * 1e-4
     if serving.cost(least, experts, top_k) > cost:
         return None
-    size = _bisect(lambda n: cost - serving.cost(n, experts, top_k), least, best.parameters)
+    size = falling_root(lambda n: cost - serving.cost(n, experts, top_k), least, best.parameters)
     chosen = Optimum(size, flops / (FLOPS_PER_PARAMETER * size), _loss(law, flops, size, experts))
     return Choice(experts, best, chosen, serving.cost(size, experts, top_k))
 
 
 def _loss(law: Law, flops: float, parameters: float, experts: float) -> float:
     return law.loss(parameters, flops / (FLOPS_PER_PARAMETER * parameters), experts=experts)
-
-
-def _bisect(positive_below: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function that is positive at `low` and falls becomes zero, on a logarithmic scale."""
-    if positive_below(low) < 0:
-        raise InputError(f"no size between {low:.3g} and {high:.3g} parameters fits; give a larger budget")
-    for _ in range(_STEPS):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if positive_below(middle) > 0 else (low, middle)
-    return low

@@ -1,6 +1,6 @@
 """Headline numbers and tables of the report as HTML. Every value from a run goes through `escape`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from app.report import words
 from app.report.data import Record, RunData, Score, Series, scores
+from app.report.document import table
 from app.report.load import FinalLoad, named
 
 TIME_COLUMNS = {"perf/accelerator_s": "Accelerator time", "perf/wall_s": "Wall time"}
@@ -29,7 +30,7 @@ def transition_table(data: RunData) -> str:
     note = "Loss before and after on the same held batch. Max logit drift: the largest change of any logit on it; "
     note += "exact: a method that keeps the function, up to rounding."
     head = ("#", "step", "tokens", "kind", "method", "model", "loss", "max logit drift", "optimizer state", "took")
-    return _table(head, rows, note, left=(3, 4, 5, 8))
+    return table(head, rows, note, left=(3, 4, 5, 8))
 
 
 def evaluation_tables(data: RunData) -> tuple[str, str]:
@@ -47,7 +48,7 @@ def evaluation_tables(data: RunData) -> tuple[str, str]:
     head = ("task", "metric", "shots", "documents", "first", "last", "± stderr", "chance", "above chance", "")
     left = (0, 1, 9)
     note = f"{', '.join(facts)}. The mark on a bar is chance."
-    return _table(head, asked, note, left), _table(head, others, left=left) if others else ""
+    return table(head, asked, note, left), table(head, others, left=left) if others else ""
 
 
 def load_table(final: FinalLoad) -> str:
@@ -59,7 +60,7 @@ def load_table(final: FinalLoad) -> str:
         experts = int(np.isfinite(final.ratios_NE[n]).sum())
         rows.append([escape(layer), str(experts), *numbers, str(busiest), str(len(dead)), named(dead) if dead else "–"])
     head = ("layer", "experts", "load CV", "busiest / even", "least / even", "busiest expert", "dead", "without tokens")
-    return _table(head, rows, f"{final.span()}. Layers and experts are counted from 0.", left=(0, 7))
+    return table(head, rows, f"{final.span()}. Layers and experts are counted from 0.", left=(0, 7))
 
 
 def metrics_table(data: RunData) -> str:
@@ -70,13 +71,13 @@ def metrics_table(data: RunData) -> str:
         if len(y):
             numbers = (f"{value:.5g}" for value in (y[0], y[-1], y.min(), y.max()))
             rows.append([escape(name), *numbers, str(len(y))])
-    return _table(("metric", "first", "last", "lowest", "highest", "rows"), rows, left=(0,))
+    return table(("metric", "first", "last", "lowest", "highest", "rows"), rows, left=(0,))
 
 
 def versions_table(data: RunData) -> str:
     """Library versions of the newest checkpoint."""
     rows = [[escape(name), escape(version)] for name, version in sorted(data.versions.items())]
-    return _table(("library", "version"), rows, left=(0, 1))
+    return table(("library", "version"), rows, left=(0, 1))
 
 
 def _quality_cards(data: RunData) -> list[tuple[str, str, str]]:
@@ -203,16 +204,3 @@ def _harness_versions(evaluation: Record) -> list[tuple[str, Any]]:
     if not isinstance(versions, Mapping):
         return []
     return [(name, versions[name]) for name in ("lm_eval", "datasets") if name in versions]
-
-
-def _table(head: Iterable[str], rows: list[list[str]], note: str = "", left: tuple[int, ...] = ()) -> str:
-    """Cells are HTML; head and note are text."""
-    align: Mapping[int, str] = dict.fromkeys(left, " class=l")
-
-    def line(tag: str, cells: Iterable[Any]) -> str:
-        return "<tr>" + "".join(f"<{tag}{align.get(i, '')}>{cell}</{tag}>" for i, cell in enumerate(cells)) + "</tr>"
-
-    below = f"<p class=note>{escape(note)}</p>" if note else ""
-    body = "".join(line("td", row) for row in rows)
-    table = f"<table><thead>{line('th', map(escape, head))}</thead><tbody>{body}</tbody></table>"
-    return f"<div class=table><div class=scroll>{table}</div>{below}</div>"

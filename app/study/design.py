@@ -12,11 +12,11 @@ from jsonargparse.typing import register_type
 from modules.errors import InputError, require_not_negative, require_positive
 
 Mode = Literal["step_time", "tokens", "flops", "own_chinchilla"]
+Keep = Literal["all", "last", "none"]
 
 
 class Options(UserDict[str, Any]):
-    """Options of `growmoe fit`, as in its YAML files; nothing is made of them here (no dict, of which jsonargparse would
-    make instances)."""
+    """Options of `growmoe fit`, as in its YAML files. No dict: jsonargparse would make instances of what is in one."""
 
 
 register_type(Options, serializer=dict, deserializer=Options)
@@ -138,8 +138,8 @@ def make_arms(common: Options, sizes: Mapping[str, Options], arms: Mapping[str, 
             )
     ordered = [anchor, *(name for name in arms if name != anchor)]
     made = list(_combine(common, sizes, {name: arms[name] for name in ordered}))
-    for arm in made:
-        _refuse_set(arm)
+    for each in made:
+        _refuse_set(each)
     return made
 
 

@@ -30,7 +30,7 @@ def measure_arms(
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(how.rounds):
         for arm in arms:
-            path = _path(folder, arm, number)
+            path = record_path(folder, arm, number)
             if path.exists():
                 continue
             tell(f"measuring {arm.key}, round {number + 1} of {how.rounds}")
@@ -48,7 +48,9 @@ def measure_arms(
             except InputError as error:
                 raise InputError(f"{arm.key}: {error}") from None
             check_alike([read_measurement(each) for each in sorted(folder.glob("*.json"))])
-    return {arm.key: combined([read_measurement(_path(folder, arm, n)) for n in range(how.rounds)]) for arm in arms}
+    records = {arm.key: [read_measurement(record_path(folder, arm, n)) for n in range(how.rounds)] for arm in arms}
+    check_alike([record for of_arm in records.values() for record in of_arm])
+    return {key: combined(of_arm) for key, of_arm in records.items()}
 
 
 def check_alike(records: Sequence[dict[str, Any]]) -> None:
@@ -60,8 +62,8 @@ def check_alike(records: Sequence[dict[str, Any]]) -> None:
                 differing = [key for key in {**first, **other} if first.get(key) != other.get(key)]
                 told = "; ".join(f"{key} {first.get(key)!r} and {other.get(key)!r}" for key in differing)
                 raise InputError(
-                    f"step times of this study are of different {name}: {told}; they are not compared: measure all arms "
-                    "on one machine, in a new folder or after deleting the folder measure"
+                    f"step times of this study are of different {name}: {told}; they are not compared: measure all "
+                    "arms on one machine, in a new folder or after deleting the folder measure"
                 )
 
 
@@ -87,9 +89,11 @@ def _combined_stage(stages: Sequence[dict[str, Any]], record: dict[str, Any]) ->
         "tokens_per_s": record["tokens_per_step"] / median,
         "mfu": statistics.median(stage["mfu"] * stage["step_s"] for stage in stages) / median,
         "peak_mib": max(stage["peak_mib"] for stage in stages),
+        "parts_s": {part: seconds * median / stages[0]["step_s"] for part, seconds in stages[0]["parts_s"].items()},
         "transition_s": statistics.median(stage["transition_s"] for stage in stages),
     }
 
 
-def _path(folder: Path, arm: Arm, number: int) -> Path:
+def record_path(folder: Path, arm: Arm, number: int) -> Path:
+    """Where the measurement of an arm in a round lies."""
     return folder / f"{arm.key}-{number}.json"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from app.report.data import RunData, load_run, scores
-from app.study.budget import ArmCost
 from modules.errors import InputError
+from modules.functional.budget import RunCost
 
 
-def result_of(run_dir: Path, cost: ArmCost) -> dict[str, Any]:
+def result_of(run_dir: Path, cost: RunCost) -> dict[str, Any]:
     """Losses of the last validation, accuracies of the last evaluation, and the validations on the way.
 
     Raises:
@@ -39,17 +39,17 @@ def _languages(data: RunData) -> list[str]:
     return [name for name in data.languages if data.series(f"val/bpb_{name}")]
 
 
-def _curve(data: RunData, cost: ArmCost) -> dict[str, list[float]]:
+def _curve(data: RunData, cost: RunCost) -> dict[str, list[float]]:
     """Every validation: steps, tokens, what was spent until then, and the losses; bpb is the mean over languages."""
     losses = data.columns.get("val/loss", np.full(len(data.steps), math.nan))
     rows = [row for row in range(len(data.steps)) if math.isfinite(losses[row])]
     columns = [data.columns[f"val/bpb_{name}"] for name in _languages(data)]
-    steps = [int(data.steps[row]) for row in rows]
+    steps: list[float] = [int(data.steps[row]) for row in rows]
     return {
         "steps": steps,
         "tokens": [step * cost.tokens_per_step for step in steps],
-        "accelerator_seconds": [cost.accelerator_seconds(step) for step in steps],
-        "flops": [cost.flops(step) for step in steps],
+        "accelerator_seconds": [cost.accelerator_seconds(int(step)) for step in steps],
+        "flops": [cost.flops(int(step)) for step in steps],
         "loss": [float(losses[row]) for row in rows],
         "bpb": [float(np.mean([column[row] for column in columns])) for row in rows],
     }

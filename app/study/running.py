@@ -2,18 +2,22 @@
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.study.budget import ArmCost, arm_steps
+from app.checkpoint_folder import list_checkpoints
+from app.study.budget import arm_steps
 from app.study.children import ChildFailed, run_command
-from app.study.design import Arm, Mode, StudyBudget, option, to_yaml
+from app.study.design import Arm, Keep, Mode, StudyBudget, option, to_yaml
 from app.study.results import result_of
+from modules.config import MANIFEST
 from modules.errors import InputError
 from modules.files import replace_file
+from modules.functional.budget import RunCost
 from modules.functional.schedule import ScheduleConfig
 
 RESULT = "result.json"
@@ -43,7 +47,7 @@ class Run:
 
 def plan_runs(
     arms: Sequence[Arm],
-    costs: Mapping[str, ArmCost],
+    costs: Mapping[str, RunCost],
     anchor: str,
     budget: StudyBudget,
     seeds: Sequence[int],
@@ -65,25 +69,26 @@ def plan_runs(
     ]
 
 
-def _check_length(arm: Arm, cost: ArmCost, steps: int) -> None:
+def _check_length(arm: Arm, cost: RunCost, steps: int) -> None:
     """Raise `InputError` for a run in which the warm-up or the growth does not end."""
     schedule = ScheduleConfig(**(option(arm.options, "model.init_args.schedule") or {}))
     late = max(stage.begins(steps, cost.tokens_per_step) for stage in cost.stages)
     if schedule.warmup_steps >= steps or late >= steps:
-        what = f"a warm-up of {schedule.warmup_steps} steps" if schedule.warmup_steps >= steps else "its growth"
+        what = "its growth" if schedule.warmup_steps < steps else f"the warm-up of {schedule.warmup_steps} steps"
         raise InputError(
-            f"the budget buys {arm.key} {steps} steps, and {what} does not end in them; raise the budget, or change the arm"
+            f"the budget buys {arm.key} {steps} steps, in which {what} does not end; raise the budget or change the arm"
         )
 
 
 def make_runs(
-    runs: Sequence[Run], costs: Mapping[str, ArmCost], tell: Callable[[str], None], launcher: str = ""
+    runs: Sequence[Run], costs: Mapping[str, RunCost], tell: Callable[[str], None], keep: Keep, launcher: str = ""
 ) -> list[str]:
     """Make every run that is not finished; returns what failed, in words. A failed run does not keep others back.
 
     Several processes may share a study: a run that another one is at work on is left to it, and waited for at the end.
     """
-    failures, left = [], []
+    failures: list[str] = []
+    left: list[Run] = []
     for is_waiting, queue in ((False, runs), (True, left)):
         for number, run in enumerate(queue, start=1):
             with _held(run, is_waiting) as is_ours:
@@ -92,14 +97,14 @@ def make_runs(
                 elif run.result is None:
                     tell(f"run {number} of {len(queue)}: {run.arm.key}, {run.steps} steps, seed {run.seed}")
                     try:
-                        _make(run, costs[run.arm.key], launcher)
+                        _make(run, costs[run.arm.key], keep, launcher)
                     except (ChildFailed, InputError) as error:
                         failures.append(f"{run.arm.key}, seed {run.seed}: {error}")
                         tell(failures[-1])
     return failures
 
 
-def _make(run: Run, cost: ArmCost, launcher: str) -> None:
+def _make(run: Run, cost: RunCost, keep: Keep, launcher: str) -> None:
     config = run.folder.with_suffix(".yaml")
     replace_file(config, to_yaml(run.arm.configuration(run.seed, str(run.folder), run.steps)).encode())
     arguments = ["fit", "--config", str(config), "--ckpt_path", "auto"]
@@ -115,6 +120,15 @@ def _make(run: Run, cost: ArmCost, launcher: str) -> None:
         **result_of(run.folder, cost),
     }
     replace_file(run.folder / RESULT, (json.dumps(result) + "\n").encode())
+    _prune(run.folder / "checkpoints", keep)
+
+
+def _prune(folder: Path, keep: Keep) -> None:
+    """Delete checkpoints of a run that has its result."""
+    checkpoints = list_checkpoints(folder)
+    for path in {"all": [], "last": checkpoints[:-1], "none": checkpoints}[keep]:
+        (path / MANIFEST).unlink()  # the commit mark first
+        shutil.rmtree(path)
 
 
 @contextmanager

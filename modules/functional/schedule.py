@@ -37,26 +37,60 @@ class ScheduleConfig:
             )
 
 
-def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:
-    """The factor on the peak learning rate for the update that follows `step` finished updates."""
+@dataclass(frozen=True)
+class Pace:
+    """How a run goes through its schedule: step by step, or faster where a budget lets it take fewer steps.
+
+    After `step` steps, `position` of the schedule's `total` were behind it; the others are spread evenly over the steps
+    up to `end`. So the run ends where its schedule ends, wherever that is, and the learning rate never jumps.
+    """
+
+    total: int
+    step: int = 0
+    position: float = 0.0
+    end: int | None = None
+    """steps of the run; empty: all of the schedule's"""
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the run."""
+        return self.total if self.end is None else self.end
+
+    def at(self, step: int) -> float:
+        """Where the schedule is after so many steps."""
+        if self.end is None:
+            return step
+        done = (step - self.step) / max(1, self.end - self.step)
+        return self.position + (self.total - self.position) * min(1.0, done)
+
+    def cut(self, step: int, end: int) -> "Pace":
+        """The same from here on, so that the run ends after `end` steps."""
+        return Pace(self.total, step, self.at(step), end)
+
+
+def learning_rate_factor(step: int, pace: Pace, config: ScheduleConfig) -> float:
+    """The factor on the peak learning rate for the update that follows `step` finished updates.
+
+    The warm-up counts steps; what comes behind it follows the position in the schedule.
+    """
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     if config.kind == "constant":
         return 1.0
     if config.kind == "cosine":
-        return _cosine(step, config.warmup_steps, total_steps, config.final_ratio)
-    return _linear_tail(step, total_steps, config)
+        return _cosine(pace.at(step), config.warmup_steps, pace.total, config.final_ratio)
+    return _linear_tail(pace.at(step), pace.total, config)
 
 
-def _cosine(step: int, start: int, end: int, final: float) -> float:
-    progress = min(1.0, (step - start) / max(1, end - start))
+def _cosine(position: float, start: int, end: int, final: float) -> float:
+    progress = min(1.0, (position - start) / max(1, end - start))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _linear_tail(step: int, total_steps: int, config: ScheduleConfig) -> float:
+def _linear_tail(position: float, total_steps: int, config: ScheduleConfig) -> float:
     decay_steps = round(config.decay_fraction * total_steps)
     start = max(config.warmup_steps, total_steps - decay_steps)
-    if step < start:
+    if position < start:
         return 1.0
-    progress = min(1.0, (step - start) / max(1, total_steps - start))
+    progress = min(1.0, (position - start) / max(1, total_steps - start))
     return 1 - (1 - config.final_ratio) * progress

@@ -1,10 +1,10 @@
 """One stage of a growth recipe: when it happens, what the model becomes, and how."""
 
-import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from modules.errors import InputError, require_not_negative, require_positive
+from modules.functional.budget import due_step
 from modules.growth.depth import DepthMethod
 from modules.growth.operation import WarmUp
 from modules.growth.upcycle import UpcycleRules, Variation
@@ -83,7 +83,7 @@ class GrowthStage:
     at_tokens: int | None = None
     """at the first step after this many training tokens"""
     at_fraction: float | None = None
-    """after this share of trainer.max_steps"""
+    """after this share of trainer.max_steps, or of a budget that lets the run take fewer"""
     at_plateau: Plateau | None = None
     """when the validation loss has stopped falling"""
     preset: str | None = None
@@ -176,9 +176,13 @@ class GrowthStage:
     def due_step(self, tokens_per_step: int, max_steps: int) -> int | None:
         """The optimizer step after which it is due, in a run that begins with steps of this size; None when only the
         run itself can tell."""
-        if self.at_fraction is not None:
-            return math.ceil(self.at_fraction * max_steps)
-        return self.at_step if self.at_tokens is None else math.ceil(self.at_tokens / tokens_per_step)
+        return due_step(self.when, max_steps, tokens_per_step)
+
+    @property
+    def when(self) -> dict[str, float]:
+        """Its trigger in numbers; empty where it waits for a plateau."""
+        given = {"at_step": self.at_step, "at_tokens": self.at_tokens, "at_fraction": self.at_fraction}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _complete(self) -> None:
         """Fill in what is not given: from the preset, or what is usual."""

@@ -7,7 +7,7 @@ import pytest
 from modules.config import ModelConfig, RopeScaling, describe_differences
 from modules.errors import InputError
 from modules.functional.flops import count_parameters, expert_rows_per_token, training_flops_per_token
-from modules.functional.schedule import ScheduleConfig, learning_rate_factor
+from modules.functional.schedule import Pace, ScheduleConfig, learning_rate_factor
 from modules.layers.transformer import Transformer
 from modules.moe_config import CapacityConfig, MoEConfig, RouterConfig
 from modules.optim import OptimizerConfig
@@ -97,14 +97,14 @@ def test_families_have_their_sizes() -> None:
 
 def test_schedules() -> None:
     wsd = ScheduleConfig("wsd", warmup_steps=10, decay_fraction=0.2, final_ratio=0.1)
-    factors = [learning_rate_factor(step, 100, wsd) for step in range(101)]
+    factors = [learning_rate_factor(step, Pace(100), wsd) for step in range(101)]
     assert factors[0] == pytest.approx(1 / 11)
     assert factors[10:81] == [1.0] * 71
     assert factors[90] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
     cosine = ScheduleConfig("cosine", warmup_steps=0, final_ratio=0.0)
-    assert learning_rate_factor(50, 100, cosine) == pytest.approx(0.5)
-    assert learning_rate_factor(100, 100, cosine) == pytest.approx(0.0)
+    assert learning_rate_factor(50, Pace(100), cosine) == pytest.approx(0.5)
+    assert learning_rate_factor(100, Pace(100), cosine) == pytest.approx(0.0)
     assert learning_rate_factor(10**6, 100, ScheduleConfig("constant")) == 1.0
     with pytest.raises(InputError, match="warmup_steps=10 is not below the run's 10 steps"):
         wsd.check_total(10)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from modules.config import ModelConfig
-from modules.functional.schedule import ScheduleConfig
+from modules.functional.schedule import Pace, ScheduleConfig, learning_rate_factor
 from modules.layers.experts import RoutedExperts
 from modules.layers.transformer import Transformer
 from modules.mixture import MoELM
@@ -176,7 +176,7 @@ def plain_balance(layer: RoutedExperts, hidden_BLD: Tensor, counts: list[int]) -
 def plain_training(network: Transformer, moe: MoEConfig, steps: Iterable[list[int]], accumulate: int) -> list[float]:
     """The same run without Lightning and without MoELM; returns the total of each micro-batch."""
     optimizer = build_optimizer(network, OptimizerConfig(lr=0.01), {})
-    scheduler = build_scheduler(optimizer, ScheduleConfig(warmup_steps=2), MAX_STEPS)
+    scheduler = build_scheduler(optimizer, lambda step: learning_rate_factor(step, Pace(MAX_STEPS), ScheduleConfig(warmup_steps=2)))
     losses = []
     for micro_batches in steps:
         totals = [[0] * moe.num_experts for _ in network.routed_layers()]

@@ -1,0 +1,156 @@
+"""A run's length from a budget: of tokens, of FLOPs, by the model's size, or of accelerator time."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import astuple
+from itertools import pairwise
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from callbacks.cadence import is_log_step, tokens_seen
+from callbacks.growth import Growth
+from callbacks.step_clock import clock_of
+from modules.config import ModelConfig
+from modules.errors import InputError, require_positive
+from modules.functional.budget import RunCost, StageCost, most_steps
+from modules.functional.flops import count_parameters, training_flops_per_token
+from modules.functional.schedule import Pace
+from modules.growth.stage import GrowthStage
+from modules.language_model import LanguageModel, log_metrics
+
+TOKENS_PER_PARAMETER = 20.0
+"""of a compute-optimal dense model, by Chinchilla (arXiv 2203.15556)"""
+LEAST_MEASURED = 5
+"""steps whose median is believed"""
+
+
+class Budget(pl.Callback):
+    """Gives a run as many steps as a budget buys; its schedule decays over them.
+
+    Tokens, FLOPs and sizes are worked out before the run. Accelerator time is watched: where `trainer.max_steps` would
+    take longer, the rest of the schedule is gone through in fewer steps, so that the run still ends on its decay.
+
+    Args:
+        mode: what the amount is: tokens to train on; flops of training; own_chinchilla, tokens for each parameter of
+            the model that the run ends with (active, without embeddings); or step_time, accelerator-seconds, which
+            are seconds of steps and transitions times devices.
+        amount: how much; 20 for own_chinchilla when left out.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["tokens", "flops", "own_chinchilla", "step_time"] | None = None,
+        amount: float | None = None,
+    ) -> None:
+        if (mode is None) != (amount is None) and mode != "own_chinchilla":
+            raise InputError(f"budget.mode={mode} with budget.amount={amount}; give both, or neither")
+        if amount is not None:
+            require_positive(**{"budget.amount": float(amount)})
+        self.mode, self.amount = mode, float(amount or TOKENS_PER_PARAMETER)
+        self.growth: Growth | None = None
+        self._flops: list[float] = []
+        self._saved: list[Any] | None = None
+
+    def steps(self, max_steps: int, cost: RunCost) -> int:
+        """The run's length, of any mode but step_time.
+
+        Args:
+            max_steps: the trainer's; -1 where it has none.
+            cost: of the run's steps, in FLOPs.
+
+        Raises:
+            InputError: a length that is given twice, or not at all; a budget of less than a step.
+        """
+        if max_steps != -1:
+            raise InputError(
+                f"trainer.max_steps={max_steps} and budget.mode={self.mode} both say how long the run is; "
+                "set trainer.max_steps to -1, or leave budget out"
+            )
+        if self.mode == "flops":
+            steps = most_steps(self.amount, cost.flops)
+        else:
+            tokens = self.amount * (cost.parameters if self.mode == "own_chinchilla" else 1)
+            steps = int(tokens // cost.tokens_per_step)
+        if steps < 1:
+            raise InputError(f"budget.amount={self.amount:g} of {self.mode} buys no step; raise it")
+        return steps
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """A run that was cut before goes on at its pace, unless another length is now asked for."""
+        total = trainer.max_steps
+        if self.mode == "step_time" and self._saved is not None and self._saved[0] == total:
+            pl_module.set_pace(Pace(*self._saved))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At logged steps, see whether the rest fits into what is left of the accelerator time."""
+        steps = clock_of(trainer).steps
+        if self.mode != "step_time" or not is_log_step(trainer) or len(steps) < LEAST_MEASURED:
+            return
+        step, pace = trainer.global_step, pl_module.pace
+        if step >= pace.last_step:
+            return
+        microseconds = pl_module.world.largest(round(1e6 * clock_of(trainer).seconds))
+        per_step = pl_module.world.largest(round(1e6 * statistics.median(steps))) * self._later(trainer, pl_module)
+        left = math.floor((1e6 * self.amount / trainer.world_size - microseconds) / per_step)
+        most = math.ceil(pace.total - pace.at(step))
+        end = step + max(1, min(left, most))
+        if end != pace.last_step:
+            pace = pace.cut(step, end)
+            pl_module.set_pace(pace)
+            self._saved = list(astuple(pace))
+        log_metrics(trainer, {"budget/last_step": end})
+
+    def _later(self, trainer: pl.Trainer, pl_module: LanguageModel) -> float:
+        """Mean FLOPs of a step to come over those of a step now: later stages take longer."""
+        pace, stages = pl_module.pace, [] if self.growth is None else self.growth.stages[pl_module.stage :]
+        now = pace.at(trainer.global_step)
+        begins = [min(max(now, self._position(stage, trainer, pace)), pace.total) for stage in stages]
+        shares = [later - earlier for earlier, later in pairwise([now, *begins, float(pace.total)])]
+        flops = self._flops[pl_module.stage :]
+        return sum(share * of_step for share, of_step in zip(shares, flops, strict=True)) / sum(shares) / flops[0]
+
+    def _position(self, stage: GrowthStage, trainer: pl.Trainer, pace: Pace) -> float:
+        """Of the schedule at which a stage begins; 0, which is now, where it waits for a plateau."""
+        due = stage.due_step(tokens_seen(trainer) // trainer.global_step, pace.total)
+        return 0.0 if due is None else due if stage.at_fraction is not None else pace.at(due)
+
+    def expect(self, growth: Growth, architectures: Sequence[ModelConfig], seq_len: int) -> None:
+        """Know the stages of the run."""
+        self.growth = growth
+        self._flops = [training_flops_per_token(config, seq_len) for config in architectures]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pace of a run that was cut."""
+        return {"pace": self._saved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at it."""
+        self._saved = state_dict["pace"]
+
+
+def run_cost(
+    architectures: Sequence[ModelConfig], recipe: Sequence[GrowthStage], tokens_per_step: int, seq_len: int
+) -> RunCost:
+    """What the steps of a run cost in FLOPs.
+
+    Raises:
+        InputError: a stage that waits for a plateau: what it costs is not known before.
+    """
+    waiting = next((number for number, stage in enumerate(recipe, start=1) if stage.at_plateau is not None), None)
+    if waiting is not None:
+        raise InputError(
+            f"growth stage {waiting} waits for a plateau, so that nobody knows what its budget buys; give at_fraction"
+        )
+    stages = [
+        StageCost(
+            flops=training_flops_per_token(config, seq_len) * tokens_per_step,
+            parameters=count_parameters(config).active_non_embedding,
+            trigger=when,
+        )
+        for config, when in zip(architectures, [{}, *(stage.when for stage in recipe)], strict=True)
+    ]
+    return RunCost(stages, tokens_per_step)
