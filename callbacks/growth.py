@@ -46,10 +46,14 @@ class Growth(pl.Callback):
 
     Args:
         stages: the recipe, in order; empty: the model stays as it is.
+
+    Attributes:
+        is_logged: transitions are written down in the run directory.
     """
 
     def __init__(self, stages: list[GrowthStage] | None = None) -> None:
         self.stages = list(stages or [])
+        self.is_logged = True
         self._progress = _Progress()
 
     def check(
@@ -158,7 +162,7 @@ class Growth(pl.Callback):
             "stage": pl_module.stage,
         }
         pl_module.transition_records.append(record)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.is_logged:
             append_jsonl(Path(trainer.default_root_dir) / LOG_FILE, record)
         for observer in observers(trainer, "on_transition"):
             observer.on_transition(trainer, pl_module, record)

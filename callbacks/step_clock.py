@@ -5,6 +5,7 @@ from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 
 from callbacks.cadence import finished_step
 from modules.language_model import LanguageModel
@@ -83,8 +84,11 @@ class StepClock(pl.Callback):
         self._opened = None
 
 
-class _Behind(pl.Callback):
-    """The last callback: when all others have done what they do between steps, time counts again."""
+class _Behind(Checkpoint):
+    """The last callback: when all others have done what they do between steps, time counts again.
+
+    Lightning puts all of this class behind the others, in the order in which they are given.
+    """
 
     def __init__(self, clock: StepClock) -> None:
         self._clock = clock

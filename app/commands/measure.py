@@ -59,6 +59,7 @@ class MeasureCLI(TrainingCLI):
         self.meter.num_stages = len(self.recipe) + 1
         least = max(every * self.meter.num_stages, self.model.schedule_config.warmup_steps) + 1
         self.trainer.fit_loop.epoch_loop.max_steps = max(least, self.trainer.max_steps)
+        self.growth.is_logged = False
         self.growth.stages = [_moved(stage, every * number) for number, stage in enumerate(self.recipe, start=1)]
         self._check_recipe()
         self._check_data()

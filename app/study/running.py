@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.checkpoint_folder import list_checkpoints
+from app.report import words
 from app.study.budget import arm_steps
 from app.study.children import ChildFailed, run_command
 from app.study.design import Arm, Keep, Mode, StudyBudget, option, to_yaml
@@ -67,6 +68,21 @@ def plan_runs(
         for seed in seeds
         for (key, steps), modes in wanted.items()
     ]
+
+
+def planned(runs: Sequence[Run], costs: Mapping[str, RunCost]) -> Iterator[str]:
+    """What the runs will be, in lines."""
+    seconds = {(run.arm.key, run.steps): costs[run.arm.key].accelerator_seconds(run.steps) for run in runs}
+    width = max(len(key) for key, _ in seconds)
+    for (key, steps), taken in seconds.items():
+        cost = costs[key]
+        yield (
+            f"{key:<{width}}  {steps:>8,} steps, in the end of {1000 * cost.step_seconds:,.4g} ms  "
+            f"{words.short(steps * cost.tokens_per_step):>6} tokens  {words.duration(taken)} of accelerator time"
+        )
+    total = sum(seconds[run.arm.key, run.steps] for run in runs)
+    finished = sum(run.result is not None for run in runs)
+    yield f"{len(runs)} runs, {words.duration(total)} of accelerator time; {finished} are finished"
 
 
 def _check_length(arm: Arm, cost: RunCost, steps: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from app.study.budget import cost_of
 from app.study.design import Arm, Keep, Measuring, StudyBudget
 from app.study.measuring import measure_arms, record_path
-from app.study.running import Run, make_runs, plan_runs
+from app.study.running import Run, make_runs, plan_runs, planned
 from modules.errors import InputError
 from modules.files import replace_file
 from modules.functional.budget import RunCost
@@ -130,7 +130,10 @@ class Study:
         if not chosen:
             names = ", ".join(arm.key for arm in self.arms)
             raise InputError(f"only={only} is in the name of no run; choose a part of {names}, or seed-N")
-        return make_runs(chosen, costs_of(measurements), tell, self.keep, launcher)
+        costs = costs_of(measurements)
+        for line in planned(runs, costs):
+            tell(line)
+        return make_runs(chosen, costs, tell, self.keep, launcher)
 
 
 def costs_of(measurements: Mapping[str, Any]) -> dict[str, RunCost]:

@@ -1,6 +1,7 @@
 """Budgets: what steps cost, how many a budget buys, and a schedule that ends where the run ends."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -128,4 +129,4 @@ def test_a_cut_run_ends_on_its_decay(config: ScheduleConfig, first: int, second:
             paces.append(cut)
     assert learning_rate_factor(pace.last_step, pace, config) == pytest.approx(0.1)
     rates = [learning_rate_factor(step, pace, config) for step in range(pace.step, pace.last_step + 1)]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rates, rates[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rates))

@@ -2,14 +2,19 @@
 
 import math
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from app.cli import main
+from app.commands.laws import plan_budget
+from app.laws.budget import budget_rows
 from app.laws.fairseq import speed_up, training_flops
 from app.laws.fitting import EXPERTS_MOST, EXPERTS_START, fit, read_runs
-from app.laws.law import optimum
+from app.laws.growth import Owned, growth_notes
+from app.laws.law import Knob, Law, at_size, best_setting, optimum
+from app.laws.limits import Limits, within
 from app.laws.printed import (
     ABNAR,
     CHINCHILLA,
@@ -19,10 +24,12 @@ from app.laws.printed import (
     HOFFMANN,
     JOINT,
     LAWS,
+    SPARSE,
     clark_effective_parameters,
     fine_grained_flops,
     fine_grained_sizes,
     saturated,
+    sparse_equivalent,
 )
 from app.laws.serving import Serving, best_at_cost, cheapest_at_loss, total_parameters
 from modules.errors import InputError
@@ -78,7 +85,13 @@ def test_fine_grained_law_gives_table_2() -> None:
         _, parameters = fine_grained_sizes(dense)
         assert parameters == pytest.approx(43 * dense)
         assert FINE_GRAINED.loss(parameters, tokens, granularity=granularity) == pytest.approx(loss, abs=0.025)
-        assert fine_grained_flops(dense, tokens, granularity) == pytest.approx(flops, rel=0.01)
+        spent = fine_grained_flops(dense, tokens, granularity)
+        assert spent == pytest.approx(flops, rel=0.01)
+        assert FINE_GRAINED.flops_per_token(parameters, granularity=granularity) == pytest.approx(spent / tokens)
+        value, best = best_setting(FINE_GRAINED, spent)  # of the budget alone: the table's granularity, size and tokens
+        assert value == granularity and best.loss == pytest.approx(loss, abs=0.025)
+        assert FINE_GRAINED.sizes["dense equivalent"](best.parameters, value) == pytest.approx(dense, rel=0.03)
+        assert best.tokens == pytest.approx(tokens, rel=0.03)
 
 
 def test_clark_saturates_and_counts_effective_parameters() -> None:
@@ -94,27 +107,176 @@ def test_clark_saturates_and_counts_effective_parameters() -> None:
         assert better == pytest.approx(dense) and 1.5 < better < CLARK.loss(1e8, router=router)
 
 
-def test_sparsity_helps_more_when_size_is_free() -> None:
-    """At a fixed number of parameters, more compute asks for less sparsity; with a free number for more."""
-    grid = [0.0, 0.5, 0.75, 0.9, 0.95, 0.98]
+def test_clark_spends_a_budget_on_its_fixed_tokens() -> None:
+    best = optimum(CLARK, 6 * 3e8 * 130e9, experts=64)
+    assert best.parameters == pytest.approx(3e8) and best.tokens == 130e9
+    served = optimum(CLARK, (6 * 130e9 + 2 * 4e11) * 3e8, inference_tokens=4e11, experts=64)
+    assert served.parameters == pytest.approx(3e8)
 
-    def best_at(parameters: float, flops: float) -> float:
-        def loss(sparsity: float) -> float:
-            active = parameters * (1 - sparsity)
-            return ABNAR.loss(parameters, flops / 6 / active, sparsity=sparsity)
 
-        return min(grid, key=loss)
+def test_optimal_sparsity_falls_with_compute_at_a_fixed_size_and_not_at_a_free_one() -> None:
+    fixed = [best_setting(ABNAR, flops, 1e10)[0] for flops in (1e21, 1e22, 1e23)]
+    assert fixed == sorted(fixed, reverse=True) and 0.9 < fixed[0] < 0.98 and 0.6 < fixed[-1] < 0.7
+    for flops, value in zip((1e21, 1e22, 1e23), fixed, strict=True):
+        best = at_size(ABNAR, flops, 1e10, sparsity=value)
+        assert 6 * 1e10 * (1 - value) * best.tokens == pytest.approx(flops)
+        for near in (value - 0.01, value + 0.01):
+            assert at_size(ABNAR, flops, 1e10, sparsity=near).loss > best.loss
+        assert best_setting(ABNAR, flops)[0] == pytest.approx(0.98)  # a free size: as sparse as the law goes
 
-    assert best_at(1e10, 1e20) > best_at(1e10, 1e23)
+
+@pytest.mark.parametrize(("sparsity", "times"), [(0.0, 1.0), (0.5, 1.59), (0.7, 2.02), (0.75, 2.16), (0.9, 2.76)])
+def test_a_sparse_model_is_as_good_as_a_larger_dense_one(sparsity: float, times: float) -> None:
+    """Frantar et al.'s gains at the same weights that are not zero."""
+    equivalent = sparse_equivalent(1e7, sparsity)
+    assert equivalent / 1e7 == pytest.approx(times, abs=0.005)
+    assert SPARSE.loss(1e7, 3e10, sparsity=sparsity) == pytest.approx(SPARSE.loss(equivalent, 3e10))
+
+
+@pytest.mark.parametrize("name", [name for name, law in LAWS.items() if law.fixed_tokens is None])
+def test_optima_keep_the_budget_and_no_other_size_is_better(name: str) -> None:
+    """Also where FLOPs are the law's own, and where inference takes its share: C = F (D + D_inf / 3)."""
+    law = LAWS[name]
+    for settings in [{law.knob.name: value} for value in law.knob.values] if law.knob else [{}]:
+        for served in (0.0, 1e11):
+            best = optimum(law, 1e21, inference_tokens=served, **settings)
+            spent = law.flops_per_token(best.parameters, **settings) * (best.tokens + served / 3)
+            assert spent == pytest.approx(1e21, rel=1e-9)
+            others = [
+                at_size(law, 1e21, best.parameters * math.exp(step), served, **settings).loss
+                for step in np.linspace(-6, 0.5, 27)
+                if law.flops_per_token(best.parameters * math.exp(step), **settings) * served / 3 < 1e21
+            ]
+            assert best.loss <= min(others) + 1e-12
+
+
+def test_inference_makes_models_smaller_and_its_closed_form_is_met() -> None:
+    """With D = F / 6N - D_inf / 3, the slope over N is zero: alpha A / N^(alpha+1) = beta B / D^(beta+1) F / 6N²."""
+    a, b, alpha, beta = 482.01, 2085.43, 0.3478, 0.3658
+    sizes = []
+    for served in (0.0, 1e11, 1e12, 1e14):
+        best = optimum(CHINCHILLA, 1e22, inference_tokens=served)
+        sizes.append(best.parameters)
+        by_size = alpha * a * best.parameters ** (-alpha - 1)
+        by_data = beta * b * best.tokens ** (-beta - 1) * 1e22 / (6 * best.parameters**2)
+        assert by_size == pytest.approx(by_data, rel=1e-4)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_command_offers_every_law() -> None:
+    assert get_args(get_type_hints(plan_budget)["law"]) == tuple(LAWS)
 
 
 def test_every_law_tells_its_source_and_its_domain() -> None:
-    for law in (*LAWS.values(), FINE_GRAINED, CLARK, ABNAR):
+    for law in LAWS.values():
         assert "arXiv" in law.source and law.counts and law.domain.ranges
     assert JOINT.domain.warnings(parameters=5e9, experts=8) == [
         "parameters=5e+09 is outside of what the law was fitted on (up to 2.7e+09)"
     ]
     assert JOINT.domain.warnings(parameters=1e9, experts=8, tokens=1e10) == []
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+PRINTED = {1e21: (16, 32, 32), 1e22: (4, 16, 32), 1e23: (1, 8, 32), 1e24: (1, 1, 16)}
+"""Best numbers of experts within 24, 80 and 640 GB; 32 stands for "32 or more" (arXiv 2502.05172, table 2)."""
+
+
+def best_experts(limits: dict[str, float]) -> dict[float, tuple[int, ...]]:
+    """The best of `EXPERTS` within the memory of the table."""
+    return {
+        flops: tuple(
+            min(EXPERTS, key=lambda count: within(JOINT, flops, count, Limits(memory_bytes=memory, **limits)).loss)
+            for memory in (24e9, 80e9, 640e9)
+        )
+        for flops in PRINTED
+    }
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"width_per_layer": 128}, {"vocab_size": 32000}, {"kv_tokens": 2048}, {"vocab_size": 1}]
+)
+def test_memory_gives_most_of_the_printed_numbers_of_experts(limits: dict[str, float]) -> None:
+    """Nine of twelve cells, ten without embeddings; where we differ, by one doubling."""
+    first = 16 if limits == {"vocab_size": 1} else 32
+    found = best_experts(limits)
+    assert found == {1e21: (first, 32, 32), 1e22: (4, 16, 32), 1e23: (1, 4, 32), 1e24: (1, 1, 8)}
+    pairs = [pair for flops in PRINTED for pair in zip(found[flops], PRINTED[flops], strict=True)]
+    assert all(ours in (theirs / 2, theirs, theirs * 2) for ours, theirs in pairs)
+
+
+def test_a_limit_that_binds_is_filled_and_one_that_does_not_is_free() -> None:
+    limits = Limits(memory_bytes=80e9, kv_tokens=4096)
+    for experts in EXPERTS:
+        free, bound = optimum(JOINT, 1e22, experts=experts), within(JOINT, 1e22, experts, limits)
+        used = limits.used_bytes(bound.parameters, experts)
+        if limits.used_bytes(free.parameters, experts) > 80e9:
+            assert used == pytest.approx(80e9, rel=1e-6) and bound.loss > free.loss
+        else:
+            assert used < 80e9 and bound.parameters == pytest.approx(free.parameters, rel=1e-6)
+    losses = [within(JOINT, 1e22, 16, Limits(memory_bytes=memory)).loss for memory in (1e10, 2e10, 4e10, 1e11, 1e13)]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_the_shape_has_the_parameters_and_one_expert_is_dense() -> None:
+    for limits in (Limits(), Limits(width_per_layer=128, vocab_size=32000)):
+        for parameters in (1e7, 1e9, 1e11):
+            d = limits.width(parameters)
+            layers, embeddings = d / limits.width_per_layer, 2 * limits.vocab_size * d
+            assert embeddings + 13 * layers * d**2 == pytest.approx(parameters)
+            assert limits.all_parameters(parameters, 1) == pytest.approx(parameters)
+            assert limits.all_parameters(parameters, 8) == pytest.approx(embeddings + 76 * layers * d**2)
+            rate = math.exp(8.39 - 0.81 * math.log(parameters - embeddings) - 0.25 * math.log(8))
+            assert limits.learning_rate(parameters, 8) == pytest.approx(rate)
+    with_keys = Limits(kv_tokens=1000)
+    width = with_keys.width(1e9)
+    assert with_keys.used_bytes(1e9, 1) - Limits().used_bytes(1e9, 1) == pytest.approx(4 * 1000 * width**2 / 64)
+
+
+@pytest.mark.parametrize("experts", [2, 4, 8])
+def test_up_to_eight_experts_beat_a_dense_model_of_as_many_parameters_in_all(experts: int) -> None:
+    """The paper's rule: trained on E times the tokens of the compute-optimal dense model of the same total size."""
+    for flops in (1e20, 1e21):
+        dense = optimum(JOINT, flops, experts=1)
+        active = Limits(memory_bytes=2 * dense.parameters).largest(experts)
+        assert JOINT.loss(active, experts * dense.tokens, experts=experts) < dense.loss
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "hoffmann", "joint", "abnar", "sparse"])
+def test_tokens_and_parameters_are_balanced_where_the_size_is_optimal(name: str) -> None:
+    law = LAWS[name]
+    assert law.dense is not None
+    best = optimum(law, 1e21, **law.dense)
+    owned = Owned(law, best.parameters, 1e9)
+    assert owned.balanced_tokens() == pytest.approx(best.tokens, rel=1e-3)
+    assert owned.spent == pytest.approx(6e9 * best.parameters)
+
+
+def test_going_on_wins_until_it_is_even() -> None:
+    owned = Owned(CHINCHILLA, 1e9, 2e10)
+    even = owned.break_even()
+    assert even is not None
+    assert owned.continued(even).loss == pytest.approx(optimum(CHINCHILLA, even).loss, abs=1e-6)
+    assert owned.continued(even / 2).loss < optimum(CHINCHILLA, even / 2).loss
+    assert owned.continued(even * 2).loss > optimum(CHINCHILLA, even * 2).loss
+    further = [Owned(CHINCHILLA, 1e9, tokens).break_even() or 0.0 for tokens in (1e10, 4e10, 1.6e11)]
+    assert further == sorted(further)  # what has been spent is sunk
+    assert owned.gain_of_doubling == pytest.approx(CHINCHILLA.loss(1e9, 2e10) - CHINCHILLA.loss(1e9, 4e10))
+
+
+def test_growth_advice_names_its_rules_of_thumb() -> None:
+    notes = growth_notes(Owned(JOINT, 1e9, 2e9), 6e18)  # half of what the model has cost
+    assert any("no law here" in note for note in notes)
+    thumbs = [note for note in notes if note.startswith("rule of thumb")]
+    assert "0.5 times that: upcycling" in thumbs[0] and "more than the whole budget pays" in thumbs[1]
+    large = growth_notes(Owned(JOINT, 1e9, 2e10), 1e21)
+    assert "8.3 times that: the mixture from scratch" in large[4] and "by 4 to 4B after 29.3B tokens" in large[5]
+    assert (
+        "past that by" in large[0] and "not for budgets below 1e+18" in growth_notes(Owned(JOINT, 1e6, 1e8), 1e15)[-1]
+    )
 
 
 # -- serving -----------------------------------------------------------------------------------------------------------
@@ -295,6 +457,73 @@ def test_commands_print_what_the_laws_say(capsys: pytest.CaptureFixture[str]) ->
     assert "4.56B" in printed and "32%" in printed and "cannot be" in printed and "not a measurement" in printed
 
 
+def lines_of(words: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What `plan` prints."""
+    main(["plan", *words.split()])
+    return capsys.readouterr().out.splitlines()
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
+
+
+@pytest.mark.parametrize(
+    ("words", "header", "row", "note"),
+    [
+        ("--flops 1.93e20 --law fine_grained", "dense equivalent", ["16", "43.9B", "28.3B"], "granularity 16"),
+        ("--flops 1e20 --law fine_grained --granularity 8", "granularity", ["8"], "outside of what the law"),
+        ("--flops 1e20 --law clark --experts 128", "as good as dense", ["128", "128M", "130B"], "knows no tokens"),
+        ("--flops 1e22 --law abnar --parameters 1e10", "active", ["0.8414", "10B", "1.05T"], "68 % (R²)"),
+        ("--flops 1e19 --law abnar", "active", ["0.98"], "least loss at sparsity 0.98; the largest here"),
+        ("--flops 1e19 --law sparse --sparsity [0.75]", "with zeros", ["0.75"], "FLOPs are ideal"),
+        ("--flops 1e22 --law joint --limits.memory_bytes 80e9", "memory, GB", ["16"], "least loss at experts 16"),
+        (
+            "--flops 1e22 --law joint --limits.inference_tokens 1e12",
+            "learning rate",
+            ["1", "2.4B", "362B"],
+            "and infer",
+        ),
+        ("--flops 1e21 --law hoffmann", "loss", ["1.82B", "91.4B"], "arXiv 2203.15556"),
+    ],
+)
+def test_the_table_of_a_law(
+    words: str, header: str, row: list[str], note: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = lines_of(f"budget {words}", capsys)
+    names = next(cells_of(line) for line in lines if "tokens per parameter" in line)
+    assert header in names
+    found = next(cells_of(line) for line in lines if line.startswith("│") and cells_of(line)[: len(row)] == row)
+    assert len(found) == len(names) and all(found)
+    assert note in " ".join(" ".join(lines).split())
+
+
+def test_the_serving_table_has_a_name_for_each_column(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = lines_of("moe --budget 1e22 --experts [8]", capsys)
+    names, row = (next(cells_of(line) for line in lines if line.startswith(mark)) for mark in ("┃", "│"))
+    assert dict(zip(names, row, strict=True)) | {"cost": "", "as cheap": "", "loss": ""} == {
+        "experts": "8", "as good as the base": "4.56B", "of its optimum": "32%", "tokens": "365B",
+        "all parameters": "26.7B", "cost": "", "as cheap": "", "loss": "",
+    }  # fmt: skip
+    assert any("parameters=1.45e+10 is outside" in line for line in lines)
+
+
+def test_growth_is_told_next_to_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "budget --flops 1e21 --law joint --experts [1,8] --have_parameters 1e9 --have_tokens 2e10"
+    lines = lines_of(words, capsys)
+    rows = {cells_of(line)[0]: cells_of(line)[1:] for line in lines if line.startswith("│")}
+    assert rows["as it is"] == ["1B", "20B", "20", f"{JOINT.loss(1e9, 2e10):.4f}"]
+    assert rows["going on"] == ["1B", "187B", "187", f"{JOINT.loss(1e9, 2e10 + 1e21 / 6e9):.4f}"]
+    assert rows["from scratch, experts 8"][0] == "3.79B"
+    assert sum("rule of thumb" in line for line in lines) == 2
+
+
+def test_knobs_and_rows() -> None:
+    values = [row.value for row in budget_rows(ABNAR, 1e22, None, 1e10, Limits())]
+    assert values == sorted(values) and len(values) == len(ABNAR.knob.values) + 1  # type: ignore[union-attr]
+    law = Law("none", "arXiv", "all", lambda n, d, k: 1 / n + 1 / d, knob=Knob("k", (1, 2), dense=None))
+    assert law.dense is None and CLARK.dense is None and CHINCHILLA.dense == {} and JOINT.dense == {"experts": 1}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -303,6 +532,31 @@ def test_commands_print_what_the_laws_say(capsys: pytest.CaptureFixture[str]) ->
         (["budget", "--flops", "-1"], "flops=-1 is no budget"),
         (["budget", "--flops", "1e21", "--experts", "[8]"], "set law=joint"),
         (["budget", "--flops", "1e21", "--law", "joint", "--experts", "[0]"], "experts=0 must be at least 1"),
+        (["budget", "--flops", "1e21", "--experts", "[]", "--law", "joint"], "experts=[] holds no value"),
+        (["budget", "--flops", "1e21", "--law", "joint", "--granularity", "4"], "set law=fine_grained"),
+        (["budget", "--flops", "1e21", "--law", "fine_grained", "--granularity", "0.5"], "must be at least 1"),
+        (["budget", "--flops", "1e21", "--law", "abnar", "--sparsity", "1"], "at least 0 and below 1; 0 is a dense"),
+        (["budget", "--flops", "1e21", "--law", "clark", "--parameters", "1e9"], "leave parameters out"),
+        (["budget", "--flops", "1e21", "--parameters", "0"], "parameters=0.0 must be a finite number above 0"),
+        (["budget", "--flops", "-1", "--parameters", "1e9"], "flops=-1 is no budget"),
+        (["budget", "--flops", "1e21", "--limits.memory_bytes", "8e10"], "set law=joint (experts=1 is dense)"),
+        (
+            ["budget", "--flops", "1e21", "--law", "joint", "--parameters", "1e9", "--limits.memory_bytes", "8e10"],
+            "limits.memory_bytes sets; leave parameters out",
+        ),
+        (["budget", "--flops", "1e21", "--limits.memory_bytes", "0"], "limits.memory_bytes=0"),
+        (["budget", "--flops", "1e21", "--limits.inference_tokens", "-1"], "limits.inference_tokens=-1"),
+        (
+            ["budget", "--flops", "1e21", "--parameters", "1e10", "--limits.inference_tokens", "1e12"],
+            "leave none to train; give more FLOPs or fewer parameters",
+        ),
+        (["budget", "--flops", "1e21", "--have_tokens", "1e9"], "one alone is no trained model; give both"),
+        (["budget", "--flops", "1e21", "--have_tokens", "0", "--have_parameters", "1e9"], "have_tokens=0"),
+        (
+            ["budget", "--flops", "1e21", "--law", "clark", "--have_tokens", "1e9", "--have_parameters", "1e9"],
+            "set law=chinchilla or law=joint",
+        ),
+        (["budget", "--flops", "1e21", "--law", "kaplan"], "law"),
         (["moe", "--budget", "0"], "flops=0 is no budget"),
         (["moe", "--budget", "1e22", "--base", "0"], "experts=0 must be at least 1"),
         (["moe", "--budget", "1e22", "--serving.mfu", "0"], "serving.mfu=0"),

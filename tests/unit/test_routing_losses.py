@@ -176,7 +176,9 @@ def plain_balance(layer: RoutedExperts, hidden_BLD: Tensor, counts: list[int]) -
 def plain_training(network: Transformer, moe: MoEConfig, steps: Iterable[list[int]], accumulate: int) -> list[float]:
     """The same run without Lightning and without MoELM; returns the total of each micro-batch."""
     optimizer = build_optimizer(network, OptimizerConfig(lr=0.01), {})
-    scheduler = build_scheduler(optimizer, lambda step: learning_rate_factor(step, Pace(MAX_STEPS), ScheduleConfig(warmup_steps=2)))
+    scheduler = build_scheduler(
+        optimizer, lambda step: learning_rate_factor(step, Pace(MAX_STEPS), ScheduleConfig(warmup_steps=2))
+    )
     losses = []
     for micro_batches in steps:
         totals = [[0] * moe.num_experts for _ in network.routed_layers()]
