@@ -16,6 +16,8 @@ FORWARD_SHARE = 1 / 3
 """of the FLOPs of a training token, which an inference token costs: 2 of 6"""
 _REACH = 9.0
 """Sizes that are searched: so far from 20 tokens for each parameter, in natural logarithms."""
+_LEAST = 1e-9
+"""Parameters: below any model."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def at_size(law: Law, flops: float, parameters: float, inference_tokens: float =
     """What a budget buys with a given number of parameters: C = F(N) (D + D_inf / 3), F the FLOPs of a token.
 
     Raises:
-        InputError: a budget that leaves no token to train on.
+        InputError: a budget that is not above 0, or that leaves no token to train on.
     """
+    _require_budget(flops)
     each = law.flops_per_token(parameters, **settings)
     tokens = flops / each - FORWARD_SHARE * inference_tokens
     if not tokens > 0:
@@ -151,7 +154,7 @@ def at_size(law: Law, flops: float, parameters: float, inference_tokens: float =
 def optimum(
     law: Law, flops: float, *, largest: float = math.inf, inference_tokens: float = 0.0, **settings: Any
 ) -> Optimum:
-    """The least loss that a budget can buy. N D is all that a law with fixed tokens leaves open.
+    """The least loss that a budget can buy. By a law with fixed tokens, the size that the budget pays for them.
 
     Args:
         law: by which.
@@ -165,25 +168,28 @@ def optimum(
     """
     from scipy.optimize import minimize_scalar
 
-    if not (flops > 0 and math.isfinite(flops)):
-        raise InputError(f"flops={flops:g} is no budget; give training FLOPs above 0, such as 1e21")
+    _require_budget(flops)
     require_not_negative(inference_tokens=inference_tokens)
     if law.fixed_tokens is not None:
         seen = law.fixed_tokens + FORWARD_SHARE * inference_tokens
-        parameters = falling_root(lambda n: flops - law.flops_per_token(n, **settings) * seen, 1e-9, flops)
+        parameters = falling_root(lambda n: flops - law.flops_per_token(n, **settings) * seen, _LEAST, flops)
         return Optimum(parameters, law.fixed_tokens, law.loss(parameters, law.fixed_tokens, **settings))
     high = 0.5 * math.log(flops / 120) + _REACH  # 120: 6 FLOPs, 20 tokens for each parameter
     room = flops / (1 + FORWARD_SHARE * inference_tokens)
+    if law.flops_per_token(_LEAST, **settings) > room:
+        raise InputError(
+            f"inference_tokens={inference_tokens:.3g} cost more than flops={flops:.3g} at any size; give more FLOPs, "
+            "or fewer tokens"
+        )
     if law.flops_per_token(math.exp(high), **settings) > room:
-        high = math.log(falling_root(lambda n: room - law.flops_per_token(n, **settings), 1e-9, math.exp(high)))
+        high = math.log(falling_root(lambda n: room - law.flops_per_token(n, **settings), _LEAST, math.exp(high)))
     high = min(high, math.log(largest))
 
     def loss_at(log_n: float) -> float:
         return at_size(law, flops, math.exp(log_n), inference_tokens, **settings).loss
 
     found = minimize_scalar(loss_at, bounds=(high - 2 * _REACH, high), method="bounded", options={"xatol": 1e-10})
-    log_n = high if loss_at(high) <= found.fun else found.x
-    return at_size(law, flops, largest if log_n == math.log(largest) else math.exp(log_n), inference_tokens, **settings)
+    return at_size(law, flops, math.exp(found.x), inference_tokens, **settings)
 
 
 def best_setting(law: Law, flops: float, parameters: float | None = None, **options: Any) -> tuple[float, Optimum]:
@@ -219,3 +225,8 @@ def falling_root(positive_below: Callable[[float], float], low: float, high: flo
         middle = math.sqrt(low * high)
         low, high = (middle, high) if positive_below(middle) > 0 else (low, middle)
     return low
+
+
+def _require_budget(flops: float) -> None:
+    if not (flops > 0 and math.isfinite(flops)):
+        raise InputError(f"flops={flops:g} is no budget; give training FLOPs above 0, such as 1e21")

@@ -116,9 +116,10 @@ def cheapest_at_loss(
     best = optimum(law, flops, experts=experts)
     if best.loss > loss:
         return None
-    size = falling_root(lambda n: _loss(law, flops, n, experts) - loss, best.parameters * 1e-4, best.parameters)
-    chosen = Optimum(size, flops / (FLOPS_PER_PARAMETER * size), _loss(law, flops, size, experts))
-    return Choice(experts, best, chosen, serving.cost(size, experts, top_k))
+    size = falling_root(
+        lambda n: at_size(law, flops, n, experts=experts).loss - loss, best.parameters * 1e-4, best.parameters
+    )
+    return Choice(experts, best, at_size(law, flops, size, experts=experts), serving.cost(size, experts, top_k))
 
 
 def best_at_cost(
@@ -133,9 +134,4 @@ def best_at_cost(
     if serving.cost(least, experts, top_k) > cost:
         return None
     size = falling_root(lambda n: cost - serving.cost(n, experts, top_k), least, best.parameters)
-    chosen = Optimum(size, flops / (FLOPS_PER_PARAMETER * size), _loss(law, flops, size, experts))
-    return Choice(experts, best, chosen, serving.cost(size, experts, top_k))
-
-
-def _loss(law: Law, flops: float, parameters: float, experts: float) -> float:
-    return law.loss(parameters, flops / (FLOPS_PER_PARAMETER * parameters), experts=experts)
+    return Choice(experts, best, at_size(law, flops, size, experts=experts), serving.cost(size, experts, top_k))
