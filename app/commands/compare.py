@@ -40,13 +40,18 @@ def compare(
         only: make runs whose arm or seed has this word in its name (nano, grown, seed-0); tables show what is there.
         report: make no run, and write the tables of what is there.
     """
+    from app.study.children import ChildFailed
     from app.study.report import write_report
     from app.study.study import Study
 
     study = Study(
         folder, make_arms(common, sizes, arms, anchor), anchor, seeds or [0, 1], budget, measure, keep_checkpoints
     ).begin()
-    failures = [] if report else study.work(_tell, launcher, only)
+    try:
+        failures = [] if report else study.work(_tell, launcher, only)
+    except ChildFailed as error:
+        sys.stderr.write(f"growmoe compare: {error}\n")
+        sys.exit(1)
     for path in write_report(study):
         sys.stdout.write(f"{path}\n")
     if failures:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from app.measurement import read_measurement
-from app.study.children import run_command
+from app.study.children import ChildFailed, run_command
 from app.study.design import Arm, Measuring, to_yaml
 from modules.errors import InputError
 from modules.files import replace_file
@@ -45,8 +45,8 @@ def measure_arms(
                     folder / f"{arm.key}.log",
                     launcher,
                 )
-            except InputError as error:
-                raise InputError(f"{arm.key}: {error}") from None
+            except (InputError, ChildFailed) as error:
+                raise type(error)(f"{arm.key}: {error}") from None
             check_alike([read_measurement(each) for each in sorted(folder.glob("*.json"))])
     records = {arm.key: [read_measurement(record_path(folder, arm, n)) for n in range(how.rounds)] for arm in arms}
     check_alike([record for of_arm in records.values() for record in of_arm])
