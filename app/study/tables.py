@@ -82,11 +82,11 @@ def mode_table(points: Sequence[Point], mode: Mode) -> Table:
                 "–" if point.accuracy is None else spread(point.accuracy, 100, 1) + " %",
             ]
         )
-    note = (
-        "Bold: no arm is both faster and better (the Pareto front by step time and bits per byte). "
-        "± is the standard deviation over seeds."
-    )
-    return Table(TITLES[mode], head, rows, note, ON_THE_WAY if points[0].is_from_curves else "")
+    note = "± is the standard deviation over seeds."
+    if points[0].is_from_curves:
+        return Table(TITLES[mode], head, rows, note, ON_THE_WAY)
+    bold = "Bold: no arm is both faster and better (the Pareto front by step time and bits per byte). "
+    return Table(TITLES[mode], head, rows, bold + note)
 
 
 def step_table(finished: Finished, measurements: Mapping[str, Any]) -> Table:
