@@ -121,7 +121,7 @@ class Watched(MoELM):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.seen: list[Seen] = []
-        self.biases_in_step: list[list[Tensor]] = []
+        self.biases_in_step: dict[int, list[Tensor]] = {}
 
     def biases(self) -> list[Tensor]:
         layers = self.network.routed_layers()
@@ -134,8 +134,12 @@ class Watched(MoELM):
 
     def configure_optimizers(self) -> dict[str, Any]:
         chosen = super().configure_optimizers()
-        chosen["optimizer"].register_step_post_hook(lambda *_: self.biases_in_step.append(self.biases()))
+        chosen["optimizer"].register_step_post_hook(self._note_biases)
         return chosen
+
+    def _note_biases(self, *_: Any) -> None:
+        """Twice a step where torch has also seen an AdamW of its own, whose `step` ours calls."""
+        self.biases_in_step[self.trainer.global_step] = self.biases()
 
 
 class Batches(pl.LightningDataModule):
