@@ -10,6 +10,7 @@ import numpy as np
 from app.measurement import read_measurement
 from app.study.children import ChildFailed, run_command
 from app.study.design import Arm, Measuring, to_yaml
+from app.study.locking import held
 from modules.errors import InputError
 from modules.files import replace_file
 
@@ -27,30 +28,29 @@ def measure_arms(
     Raises:
         InputError: options that `fit` would refuse; arms measured on different machines or versions.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(how.rounds):
-        for arm in arms:
-            path = record_path(folder, arm, number)
-            if path.exists():
-                continue
-            tell(f"measuring {arm.key}, round {number + 1} of {how.rounds}")
-            config = folder / f"{arm.key}.yaml"
-            replace_file(config, to_yaml(arm.configuration()).encode())
-            parts = how.parts if number == 0 else 0
-            flags = {"warmup": how.warmup, "steps": how.steps, "parts": parts}
-            words = [word for name, value in flags.items() for word in (f"--measure.{name}", str(value))]
-            try:
-                run_command(
-                    ["measure", "--config", str(config), *words, "--output", str(path)],
-                    folder / f"{arm.key}.log",
-                    launcher,
-                )
-            except (InputError, ChildFailed) as error:
-                raise type(error)(f"{arm.key}: {error}") from None
-            check_alike([read_measurement(each) for each in sorted(folder.glob("*.json"))])
+    with held(folder / "measuring.lock"):
+        for number in range(how.rounds):
+            for arm in arms:
+                if not record_path(folder, arm, number).exists():
+                    tell(f"measuring {arm.key}, round {number + 1} of {how.rounds}")
+                    _measure(arm, folder, number, how, launcher)
+                    check_alike([read_measurement(each) for each in sorted(folder.glob("*.json"))])
     records = {arm.key: [read_measurement(record_path(folder, arm, n)) for n in range(how.rounds)] for arm in arms}
     check_alike([record for of_arm in records.values() for record in of_arm])
     return {key: combined(of_arm) for key, of_arm in records.items()}
+
+
+def _measure(arm: Arm, folder: Path, number: int, how: Measuring, launcher: str) -> None:
+    config = folder / f"{arm.key}.yaml"
+    replace_file(config, to_yaml(arm.configuration()).encode())
+    flags = {"warmup": how.warmup, "steps": how.steps, "parts": how.parts if number == 0 else 0}
+    words = [word for name, value in flags.items() for word in (f"--measure.{name}", str(value))]
+    output = str(record_path(folder, arm, number))
+    try:
+        command = ["measure", "--config", str(config), *words, "--output", output]
+        run_command(command, folder / f"{arm.key}.log", launcher)
+    except (InputError, ChildFailed) as error:
+        raise type(error)(f"{arm.key}: {error}") from None
 
 
 def check_alike(records: Sequence[dict[str, Any]]) -> None:

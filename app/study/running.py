@@ -1,10 +1,8 @@
 """The runs of a study: each is made once, goes on where a crash has left it, and leaves a result behind."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from app.report import words
 from app.study.budget import arm_steps
 from app.study.children import ChildFailed, run_command
 from app.study.design import Arm, Keep, Mode, StudyBudget, option, to_yaml
+from app.study.locking import held
 from app.study.results import result_of
 from modules.config import MANIFEST
 from modules.errors import InputError
@@ -107,7 +106,7 @@ def make_runs(
     left: list[Run] = []
     for is_waiting, queue in ((False, runs), (True, left)):
         for number, run in enumerate(queue, start=1):
-            with _held(run, is_waiting) as is_ours:
+            with held(run.folder.with_suffix(".lock"), is_waiting) as is_ours:
                 if not is_ours:
                     left.append(run)
                 elif run.result is None:
@@ -145,17 +144,3 @@ def _prune(folder: Path, keep: Keep) -> None:
     for path in {"all": [], "last": checkpoints[:-1], "none": checkpoints}[keep]:
         (path / MANIFEST).unlink()  # the commit mark first
         shutil.rmtree(path)
-
-
-@contextmanager
-def _held(run: Run, is_waiting: bool) -> Iterator[bool]:
-    """Keep other processes from a run for the time of the context; False where another one has it."""
-    path = run.folder.with_suffix(".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if is_waiting else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True

@@ -13,6 +13,7 @@ from app.study.analysis import Finished, Spread, front
 from app.study.budget import arm_steps, cost_of
 from app.study.children import ChildFailed
 from app.study.design import Arm, ArmOptions, Measuring, Options, StudyBudget, make_arms, merged
+from app.study.locking import held
 from app.study.report import write_report
 from app.study.running import Run, make_runs, plan_runs
 from app.study.study import Study
@@ -282,9 +283,9 @@ def test_a_run_that_is_under_way_is_left_to_its_process(study: Study, monkeypatc
     trainings = Trainings()
     monkeypatch.setattr(running, "run_command", trainings)
     first, *others = study.runs(study.measurements())
-    with running._held(first, False) as is_ours:
+    with held(first.folder.with_suffix(".lock"), False) as is_ours:
         assert is_ours
-        with running._held(first, False) as again:
+        with held(first.folder.with_suffix(".lock"), False) as again:
             assert not again
         assert (
             make_runs(others, {arm.key: cost for arm in study.arms for cost in [costs()[arm.key]]}, print, "all") == []
