@@ -36,6 +36,9 @@ def study_figure(
     rows = [panels[start : start + len(modes)] for start in range(0, len(panels), len(modes))]
     for quality, row in zip(qualities, rows, strict=False):
         for mode, axes in zip(modes, row, strict=True):
+            if quality == "accuracy" and not any(point.accuracy for point in points[mode]):
+                axes.set_axis_off()
+                continue
             draw_points(axes, finished, points[mode], quality)
             way = ", before decay" if points[mode] and points[mode][0].is_from_curves else ""
             axes.set_title(f"{TITLES[mode]}{way}", fontsize=9, color=INK)
