@@ -113,18 +113,27 @@ def _run_trainer(arguments: Sequence[str]) -> None:
 def _run_command(verb: str, arguments: Sequence[str]) -> None:
     _prepare_process()
     signal.signal(signal.SIGTERM, _end)  # so that what is half written is cleared away, as after Ctrl-C
+    from jsonargparse import set_parsing_settings
+
     from app.parsing import OneLineParser, layered_options
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     module = importlib.import_module(f"app.commands.{HOMES.get(verb, verb)}")
     function = getattr(module, f"{verb}_" if keyword.iskeyword(verb) else verb)
     described = COMMANDS | PLANS
     parser = OneLineParser(prog=f"growmoe {verb.replace('_', ' ')}", description=described[verb])
     _add_signature(parser, function)
+    if verb in CONFIGURED:
+        help = "a YAML file of these options, any number of times; --name.part VALUE changes a value in it"
+        parser.add_argument("-c", "--config", metavar="FILE", help=help)
     if verb in CONFIGURED and not {"-h", "--help"} & set(arguments):
         config = parser.parse_object(layered_options(arguments))
     else:
         config = parser.parse_args(_options_first(parser, arguments))
-    function(**vars(parser.instantiate_classes(config)))
+    given = vars(parser.instantiate_classes(config))
+    if verb in CONFIGURED:
+        del given["config"]  # what its files hold is among the others
+    function(**given)
 
 
 def _end(number: int, frame: object) -> None:
