@@ -63,14 +63,14 @@ def layered_options(arguments: Sequence[str]) -> dict[str, Any]:
             if not re.match(r"--?[a-zA-Z]", name):
                 raise InputError(f"{name!r} is no option; write -c FILE, or --name VALUE")
             if not is_joined:
-                value = words.popleft() if words and not words[0].startswith("--") else "true"
+                value = words.popleft() if words and not re.match(r"--?[a-zA-Z]", words[0]) else "true"
             if name in ("-c", "--config"):
                 layers.append(OmegaConf.load(value))
             else:
                 flags.append(f"{name.lstrip('-')}={value}")
         merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(flags))
         found = OmegaConf.to_container(merged, resolve=True)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, YAMLError, TypeError, OmegaConfBaseException) as error:
         raise InputError(f"the configuration cannot be read: {error}") from None
     assert isinstance(found, dict)
     return {str(name): value for name, value in found.items()}

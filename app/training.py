@@ -160,8 +160,8 @@ class TrainingCLI(LightningCLI):
         requested = self._get(self.config_init, "ckpt_path")
         chosen, damaged = choose_checkpoint(run_dir, requested, is_writer=self.trainer.is_global_zero)
         metadata = self._restore_shape(chosen)
-        if chosen is None and self.model.start_from is not None:
-            start_from(Path(self.model.start_from), self.model, self.datamodule)
+        if chosen is None:
+            self.take_start()
         max_steps = self._checked_steps()
         architectures = self._check_recipe()
         done = len(self.model.applied_transitions)
@@ -200,9 +200,7 @@ class TrainingCLI(LightningCLI):
         if requested is not None:
             metadata = self._restore_shape(self._named_checkpoint(requested))
             about |= {key: metadata[key] for key in ("step", "tokens")}
-        elif self.model.start_from is not None:
-            start_from(Path(self.model.start_from), self.model, self.datamodule)
-        else:
+        elif not self.take_start():
             raise InputError(
                 "validate without --ckpt_path would measure random weights; give a checkpoint directory or auto, or "
                 "--model.start_from an imported model"
@@ -233,12 +231,19 @@ class TrainingCLI(LightningCLI):
         requested = self._get(self.config_init, "ckpt_path")
         if requested is not None:
             self._restore_shape(self._named_checkpoint(requested))
-        elif self.model.start_from is not None:
-            start_from(Path(self.model.start_from), self.model, self.datamodule)
+        else:
+            self.take_start()
         max_steps = self._checked_steps()
         architectures = self._check_recipe()
         is_muon, seq_len = self.model.optimizer_config.kind == "muon", self.datamodule.seq_len
         return plan_stages(architectures, self.growth.stages, max_steps, self._tokens_per_step, seq_len, is_muon)
+
+    def take_start(self) -> bool:
+        """Take the model of `model.start_from`; whether there is one."""
+        if self.model.start_from is None:
+            return False
+        start_from(Path(self.model.start_from), self.model, self.datamodule)
+        return True
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

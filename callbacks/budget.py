@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from callbacks.cadence import is_log_step, tokens_seen
+from callbacks.cadence import finished_step, is_log_step, tokens_seen
 from callbacks.growth import Growth
 from callbacks.step_clock import clock_of
+from callbacks.warning import warn
 from modules.config import ModelConfig
 from modules.errors import InputError, require_positive
 from modules.functional.budget import RunCost, StageCost, most_steps
@@ -24,6 +25,8 @@ TOKENS_PER_PARAMETER = 20.0
 """of a compute-optimal dense model, by Chinchilla (arXiv 2203.15556)"""
 LEAST_MEASURED = 5
 """steps whose median is believed"""
+EARLY = (5, 10, 20)
+"""steps at which time is looked at, however seldom steps are logged"""
 
 
 class Budget(pl.Callback):
@@ -52,6 +55,7 @@ class Budget(pl.Callback):
         self.growth: Growth | None = None
         self._flops: list[float] = []
         self._saved: list[Any] | None = None
+        self._warned: set[str] = set()
 
     def steps(self, max_steps: int, cost: RunCost) -> int:
         """The run's length, of any mode but step_time.
@@ -78,20 +82,30 @@ class Budget(pl.Callback):
         return steps
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """A run that was cut before goes on at its pace, unless another length is now asked for."""
+        """A run that was cut before goes on at its pace, unless another length is now asked for.
+
+        Raises:
+            InputError: it has come to its end, and a larger budget cannot give it a longer schedule.
+        """
         total = trainer.max_steps
-        if self.mode == "step_time" and self._saved is not None and self._saved[0] == total:
-            pl_module.set_pace(Pace(*self._saved))
+        if self.mode != "step_time" or self._saved is None or self._saved[1] != total:
+            return
+        amount, *values = self._saved
+        pace = Pace(*values)
+        if trainer.global_step >= pace.last_step and self.amount > amount:
+            raise InputError(
+                f"budget.amount={self.amount:g} cannot prolong a run that ended on its decay after {pace.last_step} "
+                f"steps within {amount:g}; continue an earlier one, or start a longer run"
+            )
+        pl_module.set_pace(pace)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At logged steps, see whether the rest fits into what is left of the accelerator time."""
-        steps = clock_of(trainer).steps
-        if self.mode != "step_time" or not is_log_step(trainer) or len(steps) < LEAST_MEASURED:
-            return
-        step, pace = trainer.global_step, pl_module.pace
-        if step >= pace.last_step:
+        """At logged steps, and at some early ones, see whether the rest fits into what is left of the time."""
+        step, pace, steps = trainer.global_step, pl_module.pace, clock_of(trainer).steps
+        is_time = is_log_step(trainer) or (step in EARLY and finished_step(trainer))
+        if self.mode != "step_time" or not is_time or len(steps) < LEAST_MEASURED or step >= pace.last_step:
             return
         microseconds = pl_module.world.largest(round(1e6 * clock_of(trainer).seconds))
         per_step = pl_module.world.largest(round(1e6 * statistics.median(steps))) * self._later(trainer, pl_module)
@@ -101,8 +115,24 @@ class Budget(pl.Callback):
         if end != pace.last_step:
             pace = pace.cut(step, end)
             pl_module.set_pace(pace)
-            self._saved = list(astuple(pace))
+            self._saved = [self.amount, *astuple(pace)]
+            self._warn_of_the_end(trainer, pl_module)
         log_metrics(trainer, {"budget/last_step": end})
+
+    def _warn_of_the_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Tell, once each, what a run that is cut will not come to."""
+        pace, warmup = pl_module.pace, pl_module.schedule_config.warmup_steps
+        lost = [f"the end of the warm-up (step {warmup})"] if pace.last_step <= warmup else []
+        for stage in [] if self.growth is None else self.growth.stages[pl_module.stage :]:
+            if stage.at_fraction is None and self._position(stage, trainer, pace) >= pace.total:
+                lost.append(f"the growth stage {stage.trigger}")
+        for what in lost:
+            if what not in self._warned:
+                self._warned.add(what)
+                warn(
+                    f"budget.amount={self.amount:g} ends the run at step {pace.last_step}, before {what}; raise it, or "
+                    "let growth be due at_fraction, and shorten the warm-up"
+                )
 
     def _later(self, trainer: pl.Trainer, pl_module: LanguageModel) -> float:
         """Mean FLOPs of a step to come over those of a step now: later stages take longer."""

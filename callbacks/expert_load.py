@@ -10,10 +10,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from callbacks.cadence import finished_step, is_log_step, tokens_seen
+from callbacks.warning import warn
 from modules.errors import InputError, require_not_negative
 from modules.jsonl import append_jsonl
 from modules.language_model import LanguageModel, log_metrics
@@ -24,8 +24,6 @@ LOG_FILE = "expert_load.jsonl"
 LANGUAGE_FILE = "language_load.jsonl"
 NAMED_LAYERS = 6
 """further layers that a warning names"""
-_NO_SOURCE = 1_000_000
-"""stack level above every frame: Python then shows the warning in one line, without the line of code that gave it"""
 _OVERALL = (*LOAD_FIGURES, "entropy", "logit_rms", "balance_loss", "z_loss")
 _DROPPED = ("dropped_first", "dropped_second")
 
@@ -140,7 +138,7 @@ class ExpertLoad(pl.Callback):
         for finding in self.watch.add(counts_NE, moe.top_k):
             steps = "" if self.watch.window == 1 else f"the {self.watch.window} logged steps up to "
             span = f"{steps}step {trainer.global_step}"
-            rank_zero_warn(f"{finding.describe(layers, span)}; {remedy(finding, moe)}", stacklevel=_NO_SOURCE)
+            warn(f"{finding.describe(layers, span)}; {remedy(finding, moe)}")
 
 
 @dataclass(frozen=True)

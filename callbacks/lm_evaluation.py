@@ -19,11 +19,11 @@ from callbacks.evaluation.trainer_side import (
     has_tables,
     lm_eval_is_installed,
     log_examples,
-    tell,
     trainer_precision,
     write_record,
 )
 from callbacks.safety import StopOnSignal
+from callbacks.warning import warn
 from modules.config import ModelConfig
 from modules.errors import InputError, require_not_negative, require_positive
 from modules.language_model import LanguageModel, log_metrics
@@ -178,7 +178,7 @@ class LMEvaluation(pl.Callback):
         self._tasks = load_tasks(self.suite, Source(folder, self.data_mirror, self.missing))
         if self._tasks.missing:
             names = ", ".join(self._tasks.missing)
-            tell(f"evaluation suite {self.suite.name!r} goes without {names}, whose data are not at hand")
+            warn(f"evaluation suite {self.suite.name!r} goes without {names}, whose data are not at hand")
 
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         """Load the tasks, unless `prepare` has been called with this data already."""
@@ -241,7 +241,7 @@ class LMEvaluation(pl.Callback):
         try:
             record = self._evaluate(trainer, pl_module, transition)
         except Stopped:
-            tell(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
+            warn(f"evaluation at step {trainer.global_step} was given up for a signal to stop")
             return None
         except Exception as error:
             self._note_failure(trainer, "evaluation", error)
@@ -296,7 +296,7 @@ class LMEvaluation(pl.Callback):
     def _note_failure(self, trainer: pl.Trainer, what: str, error: Exception) -> None:
         """Nothing that goes wrong here ends a run."""
         self.failures.append(what)
-        tell(f"{what} at step {trainer.global_step} failed, and the run goes on ({type(error).__name__}: {error})")
+        warn(f"{what} at step {trainer.global_step} failed, and the run goes on ({type(error).__name__}: {error})")
 
     def _ready_harness(self, trainer: pl.Trainer) -> "Harness":
         """Made once: what tasks ask is tokenized in the first evaluation."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from callbacks.cadence import finished_step, starts_step
 from callbacks.step_parts import REST, PartClock, can_be_watched, now, watched
@@ -24,7 +25,7 @@ class StageTimes:
         steps: seconds of each timed step, from the end of the one before to its own.
         waits: seconds of these in which no micro-batch was under way: input, and its way to the device.
         parts: seconds of a median step by part, input among them; empty where blocks are compiled.
-        peak_bytes: of the device, or of a process on a CPU; the largest of all processes.
+        peak_bytes: of a GPU in this stage, or of a process on a CPU since it began; the largest of all processes.
         transition: seconds that it took to get here from the stage before.
     """
 
@@ -76,6 +77,8 @@ class StepMeter(pl.Callback):
         """Note how long was waited; take the step apart when it is one of these."""
         moment = now(pl_module.device)
         self._waited += moment - self._idle_since if self._idle_since else 0.0
+        if self._done == 0 and pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         is_parted = starts_step(trainer, batch_idx) and self._done == self.warmup + self.num_timed
         if is_parted and self.num_parted and pl_module.network is not None and can_be_watched(pl_module.network):
             self._clock = PartClock(pl_module.device)

@@ -44,11 +44,15 @@ def compare(
     from app.study.report import write_report
     from app.study.study import Study
 
-    study = Study(
-        folder, make_arms(common, sizes, arms, anchor), anchor, seeds or [0, 1], budget, measure, keep_checkpoints
-    ).begin()
+    failures: list[str] = []
     try:
-        failures = [] if report else study.work(_tell, launcher, only)
+        if report:
+            study = Study.read(folder)
+        else:
+            made = make_arms(common, sizes, arms, anchor)
+            given = [0, 1] if seeds is None else seeds
+            study = Study(folder, made, anchor, given, budget, measure, keep_checkpoints).begin()
+            failures = study.work(_tell, launcher, only)
     except ChildFailed as error:
         sys.stderr.write(f"growmoe compare: {error}\n")
         sys.exit(1)

@@ -55,6 +55,7 @@ class MeasureCLI(TrainingCLI):
             raise InputError(
                 "ckpt_path has no meaning for measure, which trains a few steps from the start; leave it out"
             )
+        self.take_start()
         self.recipe, every = list(self.growth.stages), self.meter.steps_per_stage
         self.meter.num_stages = len(self.recipe) + 1
         least = max(every * self.meter.num_stages, self.model.schedule_config.warmup_steps) + 1

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -39,11 +40,12 @@ class Point:
 
     Attributes:
         step_s: seconds of a step of the model that it ends with.
-        steps, tokens, accelerator_seconds, flops: of a run.
+        steps, tokens, accelerator_seconds, flops: of a run, as planned.
+        taken: accelerator-seconds that steps took while it was trained; None where that is not known.
         bpb: bits per byte, mean over languages.
         bpb_less: those of the anchor with the same seed, less these: what the arm is better by.
         by_language: bits per byte of each language.
-        accuracy: mean over tasks; None where none were evaluated.
+        accuracy: mean over the tasks that all finished runs have; None where there are none.
         is_from_curves: read from runs of another mode, before their learning rate decays.
     """
 
@@ -54,6 +56,7 @@ class Point:
     tokens: float
     accelerator_seconds: float
     flops: float
+    taken: float | None
     bpb: Spread
     bpb_less: Spread | None
     loss: Spread
@@ -84,6 +87,14 @@ class Finished:
             return self._points_on_the_way(mode)
         return [self._point(arm, found) for arm in self.arms if found[arm.key]]
 
+    @cached_property
+    def _tasks(self) -> set[str]:
+        """Those that all finished runs have results of: only these can be compared."""
+        return set.intersection(*(set(result["tasks"]) for _, result in self.runs)) if self.runs else set()
+
+    def _accuracy(self, result: Mapping[str, Any]) -> float:
+        return statistics.fmean(result["tasks"][task]["value"] for task in self._tasks)
+
     def _results(self, key: str, mode: Mode) -> list[dict[str, Any]]:
         return [result for run, result in self.runs if run.arm.key == key and mode in run.modes]
 
@@ -91,7 +102,8 @@ class Finished:
         results = found[arm.key]
         anchors = {each["seed"]: each for each in found.get(f"{arm.size}-{self.anchor}", [])}
         less = [anchors[each["seed"]]["bpb"] - each["bpb"] for each in results if each["seed"] in anchors]
-        accuracies = [each["accuracy"] for each in results if each.get("accuracy") is not None]
+        accuracies = [self._accuracy(each) for each in results if self._tasks] if not is_from_curves else []
+        taken = [each["accelerator_seconds_taken"] for each in results if each.get("accelerator_seconds_taken")]
         spent = {
             name: statistics.fmean(each[name] for each in results)
             for name in ("steps", "tokens", "accelerator_seconds", "flops")
@@ -102,6 +114,7 @@ class Finished:
             arm=arm.name,
             step_s=self.costs[arm.key].step_seconds,
             **spent,
+            taken=statistics.fmean(taken) if taken else None,
             bpb=Spread.of([each["bpb"] for each in results]),
             bpb_less=Spread.of(less) if less and arm.name != self.anchor else None,
             loss=Spread.of([each["loss"] for each in results]),
@@ -111,24 +124,35 @@ class Finished:
         )
 
     def _points_on_the_way(self, unit: Literal["tokens", "flops"]) -> list[Point]:
-        """At the largest amount that all arms of a size, with all their seeds, have passed before any decay."""
+        """At the largest amount that all arms of a size, with all their seeds, have passed before any decay; without
+        those that have not become by then what they end as."""
         points = []
         for size in dict.fromkeys(arm.size for arm in self.arms):
             arms = [arm for arm in self.arms if arm.size == size]
-            curves = {
-                arm.key: [(each, self.stable_curve(arm, each)) for each in self._results(arm.key, "step_time")]
-                for arm in arms
-            }
-            ends = [curve[unit][-1] for of_arm in curves.values() for _, curve in of_arm if curve[unit]]
-            starts = [curve[unit][0] for of_arm in curves.values() for _, curve in of_arm if curve[unit]]
-            if not ends or min(ends) < max(starts):
+            curves = {arm.key: self._curves(arm) for arm in arms}
+            stable = [curve[unit] for of_arm in curves.values() for curve in of_arm.values()]
+            if not stable or min(ends := [amounts[-1] if amounts else 0.0 for amounts in stable]) <= 0:
                 continue
             read = {
-                key: [_at(curve, unit, min(ends)) | {"seed": each["seed"]} for each, curve in of_arm if curve[unit]]
+                key: [
+                    _at(curve, unit, min(ends)) | {"seed": seed}
+                    for seed, curve in of_arm.items()
+                    if _holds(curve, unit, ends)
+                ]
                 for key, of_arm in curves.items()
             }
             points += [self._point(arm, read, is_from_curves=True) for arm in arms if read[arm.key]]
         return points
+
+    def _curves(self, arm: Arm) -> dict[int, dict[str, list[float]]]:
+        """By seed, the validations between the last growth and the decay, of the runs of equal time."""
+        found = {}
+        for result in self._results(arm.key, "step_time"):
+            grown = self.costs[arm.key].stages[-1].begins(result["steps"], self.costs[arm.key].tokens_per_step)
+            curve = self.stable_curve(arm, result)
+            first = sum(step < grown for step in curve["steps"])
+            found[result["seed"]] = {name: values[first:] for name, values in curve.items()}
+        return found
 
     def stable_curve(self, arm: Arm, result: Mapping[str, Any]) -> dict[str, list[float]]:
         """The validations of a run before its learning rate decays."""
@@ -146,7 +170,7 @@ class Finished:
         dense = [point for point in self.points("step_time") if point.arm == self.anchor]
         mine = next((point for point in self.points("step_time") if point.key == arm.key), None)
         if mine is None:
-            return "no run is finished"
+            return "no run of equal time is finished"
         try:
             return speed_up(
                 [(getattr(each, unit), each.loss.mean) for each in dense], getattr(mine, unit), mine.loss.mean
@@ -158,10 +182,9 @@ class Finished:
         """The same against the curve of the anchor of its own size, both before their learning rates decay: what the
         anchor had spent when it came to the arm's loss. None where it never did, or nothing can be compared."""
         anchor = next(each for each in self.arms if each.size == arm.size and each.name == self.anchor)
-        theirs = {each["seed"]: self.stable_curve(anchor, each) for each in self._results(anchor.key, "step_time")}
-        found = []
-        for result in self._results(arm.key, "step_time"):
-            factor = _factor(theirs.get(result["seed"]), self.stable_curve(arm, result), unit)
+        theirs, found = self._curves(anchor), []
+        for seed, curve in self._curves(arm).items():
+            factor = _factor(theirs.get(seed), curve, unit)
             if factor is None:
                 return None
             found.append(factor)
@@ -197,9 +220,14 @@ def _factor(
     """At the loss of the last validation of an arm, or of the last one before it that the anchor has reached."""
     if theirs is None or len(theirs["loss"]) < 2:
         return None
-    lowest = np.minimum.accumulate(theirs["loss"])
+    better = [n for n, loss in enumerate(theirs["loss"]) if loss < min([*theirs["loss"][:n], np.inf])]
+    losses, reached = ([theirs[name][n] for n in better] for name in ("loss", unit))
     for loss, spent in reversed(list(zip(mine["loss"], mine[unit], strict=True))):
-        if lowest[-1] <= loss <= lowest[0]:
-            reached = np.interp(-loss, -lowest, np.log(theirs[unit]))
-            return float(np.exp(reached) / spent)
+        if losses[-1] <= loss <= losses[0]:
+            return float(np.exp(np.interp(-loss, np.negative(losses), np.log(reached))) / spent)
     return None
+
+
+def _holds(curve: Mapping[str, Sequence[float]], unit: str, ends: Sequence[float]) -> bool:
+    """Whether a curve has begun where the shortest one ends."""
+    return bool(curve[unit]) and curve[unit][0] <= min(ends)

@@ -180,3 +180,8 @@ def _refuse_set(arm: Arm) -> None:
         value = option(arm.options, path)
         if value is not None:
             raise InputError(f"{path}={value} of {arm.key} is set by the study itself for every run; leave it out")
+    stages = option(arm.options, "growth.stages") or []
+    if any(option(stage, "at_plateau") for stage in stages):
+        raise InputError(
+            f"growth of {arm.key} waits for a plateau, and its budget must be known before; give at_fraction"
+        )

@@ -14,7 +14,6 @@ from app.study.design import Mode
 from app.study.picture import study_figure
 from app.study.study import costs_of
 from app.study.tables import Table, mode_table, speed_up_table, step_table
-from modules.errors import InputError
 from modules.files import replace_file
 
 if TYPE_CHECKING:
@@ -35,9 +34,7 @@ def write_report(study: "Study") -> list[Path]:
     """
     page = study.folder / "report.html"
     check_report(page, "output", (".html",))
-    if not study.is_measured:
-        raise InputError(f"the step times of {study.folder} are not all there; go on with growmoe compare")
-    measurements = study.measurements()
+    study, measurements = study.measured()
     runs = study.runs(measurements)
     results = [(run, run.result) for run in runs]
     finished = Finished(study.arms, study.anchor, costs_of(measurements), [(r, found) for r, found in results if found])

@@ -12,7 +12,7 @@ from modules.functional.budget import RunCost
 
 
 def result_of(run_dir: Path, cost: RunCost) -> dict[str, Any]:
-    """Losses of the last validation, accuracies of the last evaluation, and the validations on the way.
+    """Losses of the last validation, accuracies at the last step, and the validations on the way.
 
     Raises:
         InputError: a run that was never validated.
@@ -22,15 +22,17 @@ def result_of(run_dir: Path, cost: RunCost) -> dict[str, Any]:
     if not curve["steps"]:
         raise InputError(f"{run_dir} has no validation in its metrics.csv, so that there is nothing to compare")
     tasks = {}
-    if data.evaluations:
+    if data.evaluations and data.evaluations[-1]["step"] == curve["steps"][-1]:
         for score in scores(data.evaluations[-1]):
             tasks[score.task] = {"value": score.value, "stderr": score.stderr, "chance": score.chance}
+    taken = data.series("perf/accelerator_s")
     return {
+        "accelerator_seconds_taken": float(taken.y[-1]) if taken else None,
+        "versions": data.versions,
         "loss": curve["loss"][-1],
         "bpb": curve["bpb"][-1],
         "bpb_by_language": {name: float(data.series(f"val/bpb_{name}").y[-1]) for name in _languages(data)},
         "tasks": tasks,
-        "accuracy": float(np.mean([task["value"] for task in tasks.values()])) if tasks else None,
         "curve": curve,
     }
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from modules.functional.budget import RunCost
 from modules.functional.schedule import ScheduleConfig
 
 RESULT = "result.json"
+PLAN = "plan.json"
+"""steps of every arm by mode"""
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,21 @@ class Run:
     folder: Path
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.arm.key}, seed {self.seed}"
+
+    @property
     def result(self) -> dict[str, Any] | None:
-        """What it came to; None while it is not finished."""
+        """What it came to; None while it is not finished. Raises `InputError` where it cannot be read."""
         path = self.folder / RESULT
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error}); delete it to have it written again") from None
+        return found
 
 
 def plan_runs(
@@ -52,15 +66,27 @@ def plan_runs(
     budget: StudyBudget,
     seeds: Sequence[int],
     folder: Path,
+    is_kept: bool = False,
 ) -> list[Run]:
-    """All runs: those of the first seed before those of the next one."""
+    """All runs: those of the first seed before those of the next one.
+
+    Args:
+        folder: for the runs.
+        is_kept: note their lengths beside it. A length that was noted stays, whatever is measured later.
+    """
     anchors = {arm.size: costs[arm.key] for arm in arms if arm.name == anchor}
     wanted: dict[tuple[str, int], list[Mode]] = {}
+    lengths = _read_lengths(folder.parent / PLAN)
     for arm in arms:
         for mode in budget.modes:
-            steps = arm_steps(costs[arm.key], anchors[arm.size], arm.size, mode, budget)
-            _check_length(arm, costs[arm.key], steps)
+            steps = lengths.setdefault(arm.key, {}).get(mode)
+            if steps is None:
+                steps = arm_steps(costs[arm.key], anchors[arm.size], arm.size, mode, budget)
+                _check_length(arm, costs[arm.key], steps)
+                lengths[arm.key][mode] = steps
             wanted.setdefault((arm.key, steps), []).append(mode)
+    if is_kept:
+        replace_file(folder.parent / PLAN, (json.dumps(lengths, indent=1) + "\n").encode())
     by_key = {arm.key: arm for arm in arms}
     return [
         Run(by_key[key], seed, steps, tuple(modes), folder / key / f"steps-{steps}-seed-{seed}")
@@ -84,6 +110,13 @@ def planned(runs: Sequence[Run], costs: Mapping[str, RunCost]) -> Iterator[str]:
     yield f"{len(runs)} runs, {words.duration(total)} of accelerator time; {finished} are finished"
 
 
+def _read_lengths(path: Path) -> dict[str, dict[Mode, int]]:
+    if not path.exists():
+        return {}
+    found: dict[str, dict[Mode, int]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def _check_length(arm: Arm, cost: RunCost, steps: int) -> None:
     """Raise `InputError` for a run in which the warm-up or the growth does not end."""
     schedule = ScheduleConfig(**(option(arm.options, "model.init_args.schedule") or {}))
@@ -104,17 +137,18 @@ def make_runs(
     """
     failures: list[str] = []
     left: list[Run] = []
-    for is_waiting, queue in ((False, runs), (True, left)):
+    for queue, is_last in ((runs, False), (left, True)):
         for number, run in enumerate(queue, start=1):
-            with held(run.folder.with_suffix(".lock"), is_waiting) as is_ours:
+            waiting = partial(tell, f"waiting for another process: {run.name}") if is_last else None
+            with held(run.folder.with_suffix(".lock"), waiting) as is_ours:
                 if not is_ours:
                     left.append(run)
                 elif run.result is None:
-                    tell(f"run {number} of {len(queue)}: {run.arm.key}, {run.steps} steps, seed {run.seed}")
+                    tell(f"run {number} of {len(queue)}: {run.name}, {run.steps} steps")
                     try:
                         _make(run, costs[run.arm.key], keep, launcher)
                     except (ChildFailed, InputError) as error:
-                        failures.append(f"{run.arm.key}, seed {run.seed}: {error}")
+                        failures.append(f"{run.name}: {error}")
                         tell(failures[-1])
     return failures
 

@@ -16,13 +16,14 @@ from typing import Any
 
 from app.study.budget import cost_of
 from app.study.design import Arm, Keep, Measuring, StudyBudget
-from app.study.measuring import measure_arms, record_path
+from app.study.locking import held
+from app.study.measuring import measure_arms, read_arms, record_path
 from app.study.running import Run, make_runs, plan_runs, planned
 from modules.errors import InputError
 from modules.files import replace_file
 from modules.functional.budget import RunCost
 
-DESIGN = "design.json"
+DESIGN, MEASURED, LOCK = "design.json", "measure", "study.lock"
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,22 @@ class Study:
 
         Raises:
             InputError: the folder holds something else, or a study with another budget, anchor, or other arms of the
-                same names.
+                same names that are measured; seeds that are none; a budget that lacks a size.
         """
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InputError(f"seeds={list(self.seeds)} must name at least one seed, each once; 0 and 1 are usual")
-        study = self
-        if (self.folder / DESIGN).exists():
-            study = self._with(Study.read(self.folder))
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        seeds = list(self.seeds)
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise InputError(f"seeds={seeds} must name at least one seed, each once and none below 0; [0, 1] is usual")
+        for arm in self.arms:
+            self.budget.seconds_of(arm.size)
+        there = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        if DESIGN not in there and set(there) - {LOCK}:
             raise InputError(f"folder={self.folder} holds something else than a study; give a new folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with held(self.folder / LOCK, lambda: None):
+            return self._noted()
+
+    def _noted(self) -> "Study":
+        """This one, together with what the folder holds of it; that is its design from now on."""
+        study = self._with(Study.read(self.folder)) if (self.folder / DESIGN).exists() else self
         design = {
             "anchor": study.anchor,
             "seeds": list(study.seeds),
@@ -92,7 +99,8 @@ class Study:
     def _with(self, known: "Study") -> "Study":
         """This one, with the arms, seeds and modes of one that lies in the same folder."""
         ours, theirs = ({arm.key: arm for arm in study.arms} for study in (self, known))
-        changed = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+        others = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+        changed = [key for key in others if self._is_measured(ours[key])]
         changed += ["anchor"] if self.anchor != known.anchor else []
         changed += ["budget"] if replace(self.budget, modes=known.budget.modes) != known.budget else []
         if changed:
@@ -102,38 +110,56 @@ class Study:
             )
         return replace(
             self,
-            arms=[*known.arms, *(arm for key, arm in ours.items() if key not in theirs)],
+            arms=list((theirs | ours).values()),
             seeds=list(dict.fromkeys([*known.seeds, *self.seeds])),
             budget=replace(self.budget, modes=list(dict.fromkeys([*known.budget.modes, *self.budget.modes]))),
         )
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether the step times of all arms are there."""
-        rounds = range(self.measuring.rounds)
-        return all(record_path(self.folder / "measure", arm, number).exists() for arm in self.arms for number in rounds)
+    def _is_measured(self, arm: Arm) -> bool:
+        return record_path(self.folder / MEASURED, arm, 0).exists()
 
-    def measurements(self, tell: Callable[[str], None] = lambda text: None, launcher: str = "") -> dict[str, Any]:
-        """The record of every arm by its key; what is missing is measured."""
-        return measure_arms(self.arms, self.folder / "measure", self.measuring, tell, launcher)
+    def measured(self) -> "tuple[Study, dict[str, Any]]":
+        """The part of the study whose step times are there, and these by arm.
 
-    def runs(self, measurements: Mapping[str, Any]) -> list[Run]:
-        """All runs, finished or not."""
-        costs = costs_of(measurements)
-        return plan_runs(self.arms, costs, self.anchor, self.budget, self.seeds, self.folder / "runs")
+        Raises:
+            InputError: there are none yet.
+        """
+        records = read_arms(self.arms, self.folder / MEASURED)
+        sizes = {arm.size for arm in self.arms if arm.name == self.anchor and arm.key in records}
+        arms = [arm for arm in self.arms if arm.size in sizes and arm.key in records]
+        if not arms:
+            raise InputError(f"{self.folder} has no step times yet; begin with growmoe compare -c FILE")
+        return replace(self, arms=arms), {arm.key: records[arm.key] for arm in arms}
+
+    def runs(self, records: Mapping[str, Any], is_kept: bool = False) -> list[Run]:
+        """All runs, finished or not, by the measurements of their arms.
+
+        Args:
+            is_kept: their lengths are decided from now on.
+        """
+        costs, folder = costs_of(records), self.folder / "runs"
+        return plan_runs(self.arms, costs, self.anchor, self.budget, self.seeds, folder, is_kept)
 
     def work(self, tell: Callable[[str], None], launcher: str = "", only: str | None = None) -> list[str]:
-        """Do everything that is not done yet; returns what failed."""
-        measurements = self.measurements(tell, launcher)
-        runs = self.runs(measurements)
-        chosen = [run for run in runs if only is None or only in f"{run.arm.key} seed-{run.seed}"]
-        if not chosen:
-            names = ", ".join(arm.key for arm in self.arms)
-            raise InputError(f"only={only} is in the name of no run; choose a part of {names}, or seed-N")
-        costs = costs_of(measurements)
+        """Do everything that is not done yet; returns what failed.
+
+        Args:
+            only: a part of an arm's name, or seed-N: the runs to make.
+        """
+        names = [arm.key for arm in self.arms]
+        if only is not None and not any(only in name for name in names) and only not in map(seed_name, self.seeds):
+            raise InputError(f"only={only} is in the name of no run; choose a part of {', '.join(names)}, or seed-N")
+        records = measure_arms(self.arms, self.folder / MEASURED, self.measuring, tell, launcher)
+        runs, costs = self.runs(records, is_kept=True), costs_of(records)
+        chosen = [run for run in runs if only is None or only in run.arm.key or only == seed_name(run.seed)]
         for line in planned(runs, costs):
             tell(line)
         return make_runs(chosen, costs, tell, self.keep, launcher)
+
+
+def seed_name(seed: int) -> str:
+    """As in names of runs."""
+    return f"seed-{seed}"
 
 
 def costs_of(measurements: Mapping[str, Any]) -> dict[str, RunCost]:

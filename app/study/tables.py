@@ -20,8 +20,8 @@ TITLES: dict[Mode, str] = {
 }
 ON_THE_WAY = (
     "No run was made for this: figures are read from the validations of the runs of equal time, at the largest amount "
-    "that all arms of a size have passed before their learning rates decay. They are higher than those at the end of a "
-    "run."
+    "that all arms of a size have passed before their learning rates decay; arms that had not grown to the end by then "
+    "are left out. They are higher than those at the end of a run."
 )
 
 
@@ -50,20 +50,11 @@ class Table:
 
 def mode_table(points: Sequence[Point], mode: Mode) -> Table:
     """One row for each arm: what it spent and what it came to."""
-    head = [
-        "size",
-        "arm",
-        "step",
-        "steps",
-        "tokens",
-        "FLOPs",
-        "accelerator time",
-        "bits per byte",
-        "better than the anchor by",
-    ]
     languages = sorted({name for point in points for name in point.by_language})
-    head += [words.language(name) for name in languages] + ["accuracy"]
-    best = {point.key for point in front(points, "bpb")} if not points[0].is_from_curves else set()
+    is_read = points[0].is_from_curves
+    head = ["size", "arm", "runs", "step", "steps", "tokens", "FLOPs", "accelerator time", "taken"]
+    head += ["bits per byte", "better than the anchor by", *map(words.language, languages), "accuracy"]
+    best = set() if is_read else {point.key for point in front(points, "bpb")}
     rows = []
     for point in points:
         bits = spread(point.bpb)
@@ -71,11 +62,13 @@ def mode_table(points: Sequence[Point], mode: Mode) -> Table:
             [
                 point.size,
                 point.arm,
+                str(point.bpb.count),
                 f"{1000 * point.step_s:.4g} ms",
                 f"{point.steps:,.0f}",
                 words.short(point.tokens),
                 f"{point.flops:.3g}",
                 words.duration(point.accelerator_seconds),
+                words.duration(point.taken),
                 f"**{bits}**" if point.key in best else bits,
                 "–" if point.bpb_less is None else spread(point.bpb_less, sign=True),
                 *(spread(point.by_language.get(name)) for name in languages),
@@ -83,8 +76,12 @@ def mode_table(points: Sequence[Point], mode: Mode) -> Table:
             ]
         )
     note = "± is the standard deviation over seeds."
-    if points[0].is_from_curves:
+    if is_read:
         return Table(TITLES[mode], head, rows, note, ON_THE_WAY)
+    note += (
+        " Accelerator time is planned, by the measured step times; taken is what the steps took while the study ran. "
+        "Accuracy is over the tasks that all runs have."
+    )
     bold = "Bold: no arm is both faster and better (the Pareto front by step time and bits per byte). "
     return Table(TITLES[mode], head, rows, bold + note)
 
@@ -142,7 +139,8 @@ def speed_up_table(finished: Finished) -> Table:
     note = (
         "What the dense anchor needs to the same loss, over what the arm has spent: above 1 the arm is ahead. The "
         "first two columns go between the anchors of all sizes at the end of their budgets (Artetxe et al.; log-log, "
-        "no extrapolation), the last two along the curve of the anchor of the same size, before learning rates decay. "
+        "no extrapolation), the last two along the curve of the anchor of the same size, before learning rates decay, "
+        "at the last validation of the arm, grown to the end, whose loss the anchor has had, too. "
     )
     return Table("Speed-up factors", head, rows, note + " ".join(f"{reason}." for reason in dict.fromkeys(reasons)))
 

@@ -8,14 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from callbacks.evaluation.samples import COLUMNS
 from callbacks.evaluation.tasks import preserved_random_state
+from callbacks.warning import warn
 from modules.files import replace_file
-
-_NO_SOURCE = 1_000_000
-"""stack level above every frame: Python then shows the warning in one line, without the line of code that gave it"""
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -69,11 +66,6 @@ def lm_eval_is_installed() -> bool:
         with preserved_random_state():
             import lm_eval.evaluator  # noqa: F401
     except ImportError as error:
-        tell(f"lm-eval cannot be imported ({error}), so evaluation is off; install lm-eval to switch it on")
+        warn(f"lm-eval cannot be imported ({error}), so evaluation is off; install lm-eval to switch it on")
         return False
     return True
-
-
-def tell(text: str) -> None:
-    """A warning of the first process."""
-    rank_zero_warn(text, stacklevel=_NO_SOURCE)

@@ -77,6 +77,18 @@ def test_micro_batches_make_one_step(tmp_path: Path, world: Path) -> None:
     assert record["stages"][0]["parts_s"]["optimizer"] > 0
 
 
+def test_a_run_that_starts_with_another_model_is_measured_with_it(tmp_path: Path, world: Path) -> None:
+    first = settings(tmp_path / "first", world, max_steps=3)
+    first["growth"] = {"stages": []}
+    first["model"]["init_args"]["architecture"] = {"dim": 24, "num_layers": 3, "num_heads": 3}
+    run_dir = fit(first)
+    config = settings(tmp_path / "run", world)
+    del config["growth"], config["model"]["init_args"]["architecture"]
+    config["model"]["init_args"]["start_from"] = str(run_dir / "checkpoints" / "step-00000003")
+    record = measure(config, tmp_path, "--measure.warmup", "0", "--measure.steps", "2", "--measure.parts", "0")
+    assert (record["stages"][0]["architecture"]["dim"], record["stages"][0]["architecture"]["num_layers"]) == (24, 3)
+
+
 def test_measuring_changes_nothing_of_the_model(tmp_path: Path, world: Path) -> None:
     """Clocked functions are the same functions, and give themselves back."""
     moe = MoEConfig(num_experts=4, top_k=2, num_shared_experts=1, every=2)
@@ -202,6 +214,34 @@ def test_a_cut_run_resumes_at_its_pace(tmp_path: Path, world: Path, clock: Clock
     for step in whole:
         for name in ("train/loss", "train/lr"):
             assert part[step].get(name) == whole[step].get(name), (step, name)
+
+
+def test_a_run_that_has_ended_in_time_cannot_be_prolonged(
+    tmp_path: Path, world: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path / "run", world, max_steps=100, val_check_interval=1000)
+    config["growth"] = {"stages": []}
+    config["budget"] = {"mode": "step_time", "amount": 20.0}
+    fit(config)
+    config["budget"]["amount"] = 40.0
+    with pytest.raises(SystemExit) as end:
+        fit(config, "--ckpt_path", "auto")
+    assert end.value.code == 2
+    assert "budget.amount=40 cannot prolong a run that ended on its decay after 20 steps" in capsys.readouterr().err
+
+
+def test_what_a_cut_run_will_not_come_to_is_told(tmp_path: Path, world: Path, clock: Clock) -> None:
+    config = settings(tmp_path / "run", world, max_steps=100, val_check_interval=1000, log_every_n_steps=50)
+    config["growth"] = {"stages": [{"at_step": 80, "target": {"num_layers": 3}}]}
+    config["model"]["init_args"]["schedule"]["warmup_steps"] = 30
+    config["budget"] = {"mode": "step_time", "amount": 25.0}
+    with pytest.warns(
+        UserWarning, match=r"ends the run at step 2[45], before the (end of the warm-up|growth stage)"
+    ) as told:
+        run_dir = fit(config)
+    texts = "".join(str(warning.message) for warning in told)
+    assert "the growth stage at_step=80" in texts and "the end of the warm-up (step 30)" in texts
+    assert max(metrics(run_dir)) in (24, 25), "time is looked at early, however seldom steps are logged"
 
 
 class StopAt(pl.Callback):

@@ -1,6 +1,7 @@
 """A study: what is compared, what the budget buys, what runs come to, and what is refused."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,11 @@ def test_a_plateau_has_no_budget() -> None:
 def test_rounds_are_taken_together() -> None:
     first, second = measurement("small-dense"), measurement("small-dense")
     second["stages"][0] |= {"steps_s": [0.2, 0.4, 0.3], "peak_mib": 12.0}
+    second["peak"] = {"flops": 2e9, "source": "measured"}
     (stage,) = measuring.combined([first, second])["stages"]
     assert stage["step_s"] == pytest.approx((0.13 + 0.2) / 2)
     assert stage["tokens_per_s"] == pytest.approx(10 / stage["step_s"])
-    assert stage["mfu"] * stage["step_s"] == pytest.approx(0.5 * 0.1)
+    assert stage["mfu"] == pytest.approx(6000 * 10 / stage["step_s"] / 2e9)
     assert sum(stage["parts_s"].values()) == pytest.approx(stage["step_s"])
     assert stage["peak_mib"] == 12.0
 
@@ -198,12 +200,13 @@ def test_other_hardware_is_refused(
     def measure(arguments: Sequence[str], log: Path, launcher: str = "") -> None:
         path = Path(arguments[arguments.index("--output") + 1])
         made = list(tmp_path.glob("*.json"))
-        path.write_text(json.dumps(measurement(path.stem[:-2]) | (change if len(made) == 3 else {})))
+        path.write_text(json.dumps(measurement(path.stem) | (change if len(made) == 3 else {})))
 
     monkeypatch.setattr(measuring, "run_command", measure)
     with pytest.raises(InputError, match=told):
         measuring.measure_arms(arms(), tmp_path, Measuring(rounds=1), lambda text: None)
-    assert len(list(tmp_path.glob("*.json"))) == 4
+    assert len(list(tmp_path.glob("*.json"))) == 3, "what does not fit is not kept"
+    assert len(measuring.read_arms(arms(), tmp_path)) == 3, "and what was there can be used as before"
 
 
 def test_measured_arms_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +215,7 @@ def test_measured_arms_are_not_measured_again(tmp_path: Path, monkeypatch: pytes
     def measure(arguments: Sequence[str], log: Path, launcher: str = "") -> None:
         calls.append(list(arguments))
         path = Path(arguments[arguments.index("--output") + 1])
-        path.write_text(json.dumps(measurement(path.stem[:-2])))
+        path.write_text(json.dumps(measurement(path.stem)))
 
     monkeypatch.setattr(measuring, "run_command", measure)
     for _ in range(2):
@@ -279,22 +282,79 @@ def test_finished_runs_are_not_made_again(study: Study, monkeypatch: pytest.Monk
         study.work(lambda text: None, only="thick")
 
 
-def test_a_run_that_is_under_way_is_left_to_its_process(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_under_way_is_left_to_its_process(
+    study: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The others are made first; then it is waited for, and not made again."""
+    monkeypatch.setattr(running, "run_command", Trainings())
+    runs, told, released = study.runs(study.measured()[1]), list[str](), threading.Event()
+    first = runs[0]
+
+    def other_process() -> None:
+        with held(first.folder.with_suffix(".lock")) as is_ours:
+            assert is_ours
+            taken.set()
+            released.wait(30)
+            running._make(first, costs()[first.arm.key], "all", "")
+
+    def tell(text: str) -> None:
+        told.append(text)
+        if text.startswith("waiting"):
+            released.set()
+
+    taken = threading.Event()
+    other = threading.Thread(target=other_process)
+    other.start()
+    assert taken.wait(30)
+    with held(first.folder.with_suffix(".lock")) as again:
+        assert not again
+    assert make_runs(runs, costs(), tell, "all") == []
+    other.join()
+    assert told[-1] == "waiting for another process: small-dense, seed 0"
+    assert all(run.result for run in runs) and not any("run 1 of 1" in text for text in told)
+
+
+def test_lengths_stay_whatever_is_measured_later(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     trainings = Trainings()
     monkeypatch.setattr(running, "run_command", trainings)
-    first, *others = study.runs(study.measurements())
-    with held(first.folder.with_suffix(".lock"), False) as is_ours:
-        assert is_ours
-        with held(first.folder.with_suffix(".lock"), False) as again:
-            assert not again
-        assert (
-            make_runs(others, {arm.key: cost for arm in study.arms for cost in [costs()[arm.key]]}, print, "all") == []
-        )
-    assert first.result is None and all(run.result for run in others)
+    study.work(lambda text: None)
+    before = [run.folder for run in study.runs(study.measured()[1])]
+    for arm in study.arms:
+        later = measurement(arm.key, flops=60000 * SECONDS[arm.key])
+        for stage in later["stages"]:
+            stage["steps_s"] = [3 * seconds for seconds in stage["steps_s"]]
+        measuring.record_path(study.folder / "measure", arm, 1).write_text(json.dumps(later))
+    assert study.measured()[1]["small-dense"]["stages"][0]["step_s"] > 0.1
+    assert [run.folder for run in study.runs(study.measured()[1])] == before
+    assert study.work(lambda text: None) == [] and len(trainings.made) == 10
+
+
+def test_an_arm_that_was_never_measured_may_be_corrected(tmp_path: Path) -> None:
+    budget = StudyBudget(accelerator_seconds=20.0)
+    wrong = make_arms(merged(COMMON, {"typo": 1}), SIZES, ARMS, "dense")  # type: ignore[arg-type]
+    Study(tmp_path / "study", wrong, "dense", [0], budget, Measuring()).begin()
+    right = Study(tmp_path / "study", arms(), "dense", [0], budget, Measuring()).begin()
+    assert all("typo" not in arm.options for arm in right.arms)
+
+
+def test_a_result_that_cannot_be_read_is_one_line(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "run_command", Trainings())
+    study.work(lambda text: None)
+    path = study.runs(study.measured()[1])[0].folder / "result.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(InputError, match="delete it to have it written again"):
+        write_report(study)
 
 
 def test_a_folder_belongs_to_one_study(study: Study, tmp_path: Path) -> None:
     other = make_arms(Options({"trainer": {"precision": "bf16-mixed"}}), SIZES, ARMS, "dense")
+    no_budget = StudyBudget(accelerator_seconds={"small": 1.0})
+    for wrong, told in (([], "at least one seed"), ([0, 0], "each once"), ([-1], "none below 0")):
+        with pytest.raises(InputError, match=told):
+            Study(tmp_path / "new", arms(), "dense", wrong, study.budget, study.measuring).begin()
+    with pytest.raises(InputError, match="no entry for the size large"):
+        Study(tmp_path / "new", arms(), "dense", [0], no_budget, study.measuring).begin()
+    assert not (tmp_path / "new").exists()
     for changed, told in (
         (Study(study.folder, other, "dense", [0], study.budget, study.measuring), "small-dense is another one"),
         (Study(study.folder, arms(), "dense", [0], StudyBudget(), study.measuring), "budget is another one"),
@@ -315,7 +375,7 @@ def test_a_folder_belongs_to_one_study(study: Study, tmp_path: Path) -> None:
 def finished(study: Study, monkeypatch: pytest.MonkeyPatch) -> Finished:
     monkeypatch.setattr(running, "run_command", Trainings())
     assert study.work(lambda text: None) == []
-    runs = study.runs(study.measurements())
+    runs = study.runs(study.measured()[1])
     return Finished(study.arms, study.anchor, costs(), [(run, run.result or {}) for run in runs])
 
 
@@ -338,11 +398,26 @@ def test_points_are_means_over_seeds_and_differences_of_the_same_seed(
 def test_equal_tokens_are_read_before_any_decay(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     found = finished(study, monkeypatch)
     points = {point.key: point for point in found.points("tokens") if point.size == "large"}
-    assert all(point.is_from_curves for point in points.values())
+    assert all(point.is_from_curves and point.accuracy is None for point in points.values())
     shortest = 10 * (3 * 225 // 4)  # the last validation of the shortest run that comes before 80 % of it
-    assert [point.tokens for point in points.values()] == [pytest.approx(shortest)] * 3
+    assert [point.tokens for point in points.values()] == [pytest.approx(shortest)] * 2
+    assert "large-grown" not in points, "it grows after half of its steps, and was validated there at 3/4"
     assert points["large-dense"].loss.mean > found.points("step_time")[2].loss.mean
     assert not found.points("own_chinchilla")
+
+
+def test_only_tasks_of_all_runs_are_compared(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = finished(study, monkeypatch)
+    for run, result in found.runs:
+        if run.arm.key == "large-moe":
+            result["tasks"]["easy"] = {"value": 1.0}
+    points = {point.key: point for point in found.points("step_time")}
+    assert points["large-moe"].accuracy == Spread(pytest.approx(0.3), pytest.approx(0.1 / 2**0.5), 2)
+    found = Finished(found.arms, found.anchor, found.costs, found.runs)
+    for run, result in found.runs:
+        if run.arm.key == "large-moe":
+            result["tasks"] = {}
+    assert all(point.accuracy is None for point in found.points("step_time"))
 
 
 def test_the_front_holds_what_nothing_beats(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
