@@ -108,9 +108,10 @@ class Study:
                 f"folder={self.folder} holds a study in which {changed[0]} is another one; give a new folder, or the "
                 "configuration of that study (arms, seeds and modes may be added)"
             )
+        kept = {key: arm for key, arm in theirs.items() if key in ours or self._is_measured(arm)}
         return replace(
             self,
-            arms=list((theirs | ours).values()),
+            arms=list((kept | ours).values()),
             seeds=list(dict.fromkeys([*known.seeds, *self.seeds])),
             budget=replace(self.budget, modes=list(dict.fromkeys([*known.budget.modes, *self.budget.modes]))),
         )

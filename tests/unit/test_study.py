@@ -332,9 +332,10 @@ def test_lengths_stay_whatever_is_measured_later(study: Study, monkeypatch: pyte
 def test_an_arm_that_was_never_measured_may_be_corrected(tmp_path: Path) -> None:
     budget = StudyBudget(accelerator_seconds=20.0)
     wrong = make_arms(merged(COMMON, {"typo": 1}), SIZES, ARMS, "dense")  # type: ignore[arg-type]
-    Study(tmp_path / "study", wrong, "dense", [0], budget, Measuring()).begin()
+    misnamed = [*wrong, Arm("small", "mao", {})]
+    Study(tmp_path / "study", misnamed, "dense", [0], budget, Measuring()).begin()
     right = Study(tmp_path / "study", arms(), "dense", [0], budget, Measuring()).begin()
-    assert all("typo" not in arm.options for arm in right.arms)
+    assert all("typo" not in arm.options and arm.name != "mao" for arm in right.arms)
 
 
 def test_a_result_that_cannot_be_read_is_one_line(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
