@@ -11,18 +11,18 @@ from modules.errors import InputError
 from modules.functional.budget import RunCost
 
 
-def result_of(run_dir: Path, cost: RunCost) -> dict[str, Any]:
+def result_of(run_dir: Path, steps: int, cost: RunCost) -> dict[str, Any]:
     """Losses of the last validation, accuracies at the last step, and the validations on the way.
 
     Raises:
-        InputError: a run that was never validated.
+        InputError: a run that was not validated at its last step.
     """
     data = load_run(run_dir)
     curve = _curve(data, cost)
-    if not curve["steps"]:
-        raise InputError(f"{run_dir} has no validation in its metrics.csv, so that there is nothing to compare")
+    if curve["steps"][-1:] != [steps]:
+        raise InputError(f"{run_dir} was not validated at its last step {steps}, so that there is nothing to compare")
     tasks = {}
-    if data.evaluations and data.evaluations[-1]["step"] == curve["steps"][-1]:
+    if data.evaluations and data.evaluations[-1]["step"] == steps:
         for score in scores(data.evaluations[-1]):
             tasks[score.task] = {"value": score.value, "stderr": score.stderr, "chance": score.chance}
     taken = data.series("perf/accelerator_s")

@@ -22,6 +22,8 @@ from modules.functional.budget import RunCost
 from modules.functional.schedule import ScheduleConfig
 
 RESULT = "result.json"
+TRAINED = "trained"
+"""a file that says so: the run has come to its end, with everything behind its last step"""
 PLAN = "plan.json"
 """steps of every arm by mode"""
 
@@ -156,8 +158,10 @@ def make_runs(
 def _make(run: Run, cost: RunCost, keep: Keep, launcher: str) -> None:
     config = run.folder.with_suffix(".yaml")
     replace_file(config, to_yaml(run.arm.configuration(run.seed, str(run.folder), run.steps)).encode())
-    arguments = ["fit", "--config", str(config), "--ckpt_path", "auto"]
-    run_command(arguments, run.folder.with_suffix(".log"), launcher)
+    if not (run.folder / TRAINED).exists():
+        _step_back(run)
+        run_command(["fit", "--config", str(config), "--ckpt_path", "auto"], run.folder.with_suffix(".log"), launcher)
+        replace_file(run.folder / TRAINED, b"")
     result = {
         "size": run.arm.size,
         "arm": run.arm.name,
@@ -166,15 +170,30 @@ def _make(run: Run, cost: RunCost, keep: Keep, launcher: str) -> None:
         "tokens": run.steps * cost.tokens_per_step,
         "accelerator_seconds": cost.accelerator_seconds(run.steps),
         "flops": cost.flops(run.steps),
-        **result_of(run.folder, cost),
+        **result_of(run.folder, run.steps, cost),
     }
     replace_file(run.folder / RESULT, (json.dumps(result) + "\n").encode())
     _prune(run.folder / "checkpoints", keep)
+
+
+def _step_back(run: Run) -> None:
+    """Drop the checkpoint of the last step of a run that was killed behind it.
+
+    The validation and the evaluation of that step come behind its checkpoint, and only a run that trains up to it makes
+    them.
+    """
+    for path in list_checkpoints(run.folder / "checkpoints")[-1:]:
+        if path.name == f"step-{run.steps:08d}":
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    (path / MANIFEST).unlink()  # the commit mark first
+    shutil.rmtree(path)
 
 
 def _prune(folder: Path, keep: Keep) -> None:
     """Delete checkpoints of a run that has its result."""
     checkpoints = list_checkpoints(folder)
     for path in {"all": [], "last": checkpoints[:-1], "none": checkpoints}[keep]:
-        (path / MANIFEST).unlink()  # the commit mark first
-        shutil.rmtree(path)
+        _delete(path)

@@ -329,6 +329,33 @@ def test_lengths_stay_whatever_is_measured_later(study: Study, monkeypatch: pyte
     assert study.work(lambda text: None) == [] and len(trainings.made) == 10
 
 
+def test_a_run_that_was_killed_behind_its_last_checkpoint_is_validated(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed at its last step it would do nothing more: it is taken back to an earlier one."""
+    run = study.runs(study.measured()[1])[0]
+    for step in (0, run.steps):
+        path = run.folder / "checkpoints" / f"step-{step:08d}"
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text("{}")
+    seen: list[list[str]] = []
+
+    def train(arguments: Sequence[str], log: Path, launcher: str = "") -> None:
+        seen.append([path.name for path in (run.folder / "checkpoints").iterdir()])
+        (run.folder / "metrics.csv").write_text(f"step,val/bpb_en,val/loss\n{run.steps},1.5,3.0\n")
+
+    monkeypatch.setattr(running, "run_command", train)
+    running._make(run, costs()[run.arm.key], "all", "")
+    assert seen == [["step-00000000"]]
+    assert run.result is not None and run.result["bpb"] == 1.5
+    (run.folder / "result.json").unlink()
+    running._make(run, costs()[run.arm.key], "all", "")
+    assert len(seen) == 1, "what is trained is only read again"
+    (run.folder / "metrics.csv").write_text(f"step,val/bpb_en,val/loss\n{run.steps - 1},1.5,3.0\n")
+    with pytest.raises(InputError, match=f"not validated at its last step {run.steps}"):
+        running._make(run, costs()[run.arm.key], "all", "")
+
+
 def test_an_arm_that_was_never_measured_may_be_corrected(tmp_path: Path) -> None:
     budget = StudyBudget(accelerator_seconds=20.0)
     wrong = make_arms(merged(COMMON, {"typo": 1}), SIZES, ARMS, "dense")  # type: ignore[arg-type]
