@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,15 @@ def launcher_in(folder: Path, text: str) -> str:
     return f"{sys.executable} {path} {folder}"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Workers of pytest-xdist ignore Ctrl-C."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_reaches_a_run_as_one_signal(tmp_path: Path) -> None:
     """A terminal sends it to a whole session: the run is in another one, and told by the study."""
 
