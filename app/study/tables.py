@@ -125,12 +125,14 @@ def step_table(finished: Finished, measurements: Mapping[str, Any]) -> Table:
 def speed_up_table(finished: Finished) -> Table:
     """How many times the compute or the time of a dense model an arm is worth."""
     head = ["size", "arm", "FLOPs", "accelerator time", "FLOPs, on the way", "accelerator time, on the way"]
-    rows, reasons = [], []
+    rows: list[list[str]] = []
+    reasons: dict[str, list[str]] = {}
     for arm in finished.arms:
         if arm.name == finished.anchor:
             continue
         across = [finished.speed_up(arm, "flops"), finished.speed_up(arm, "accelerator_seconds")]
-        reasons += [f"{arm.key}: {value}" for value in across if isinstance(value, str)]
+        for reason in {value for value in across if isinstance(value, str)}:
+            reasons.setdefault(reason, []).append(arm.key)
         shown = ["–" if isinstance(value, str) else f"{value:.2f}" for value in across]
         shown += [
             spread(finished.speed_up_on_the_way(arm, unit), digits=2) for unit in ("flops", "accelerator_seconds")
@@ -142,7 +144,8 @@ def speed_up_table(finished: Finished) -> Table:
         "no extrapolation), the last two along the curve of the anchor of the same size, before learning rates decay, "
         "at the last validation of the arm, grown to the end, whose loss the anchor has had, too. "
     )
-    return Table("Speed-up factors", head, rows, note + " ".join(f"{reason}." for reason in dict.fromkeys(reasons)))
+    told = " ".join(f"No figure for {', '.join(keys)}: {reason}." for reason, keys in reasons.items())
+    return Table("Speed-up factors", head, rows, note + told)
 
 
 def spread(value: Spread | None, scale: float = 1.0, digits: int = 3, sign: bool = False) -> str:
