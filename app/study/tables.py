@@ -18,6 +18,8 @@ TITLES: dict[Mode, str] = {
     "flops": "At equal training FLOPs",
     "own_chinchilla": "Each at its own compute-optimal tokens",
 }
+TOLERATED = 0.1
+"""share by which the time that runs took may differ from the plan without a word"""
 ON_THE_WAY = (
     "No run was made for this: figures are read from the validations of the runs of equal time, at the largest amount "
     "that all arms of a size have passed before their learning rates decay; arms that had not grown to the end by then "
@@ -82,6 +84,16 @@ def mode_table(points: Sequence[Point], mode: Mode) -> Table:
         " Accelerator time is planned, by the measured step times; taken is what the steps took while the study ran. "
         "Accuracy is over the tasks that all runs have."
     )
+    off = [point for point in points if point.taken and abs(point.taken / point.accelerator_seconds - 1) > TOLERATED]
+    if off:
+        told = ", ".join(
+            f"{point.key} {point.taken / point.accelerator_seconds:.2f} times" for point in off if point.taken
+        )
+        note += (
+            f" Time taken is not what was planned ({told}): the machine did other work while steps were measured "
+            "or runs trained. If while they were measured, times are not equal here: measure more rounds on a quiet "
+            "one, in a new folder."
+        )
     bold = "Bold: no arm is both faster and better (the Pareto front by step time and bits per byte). "
     return Table(TITLES[mode], head, rows, bold + note)
 

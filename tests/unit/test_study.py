@@ -232,8 +232,8 @@ def test_measured_arms_are_not_measured_again(tmp_path: Path, monkeypatch: pytes
 class Trainings:
     """In the place of `growmoe fit`: notes what is trained, and leaves logs of a run behind."""
 
-    def __init__(self, failing: str = "") -> None:
-        self.failing = failing
+    def __init__(self, failing: str = "", slower: float = 1.0) -> None:
+        self.failing, self.slower = failing, slower
         self.made: list[str] = []
 
     def __call__(self, arguments: Sequence[str], log: Path, launcher: str = "") -> None:
@@ -244,10 +244,11 @@ class Trainings:
             raise ChildFailed("it broke")
         steps = int(run_dir.name.split("-")[1])
         seed = int(run_dir.name.split("-")[3])
-        rows = ["step,data/tokens,val/bpb_en,val/bpb_zh,val/loss"]
+        rows = ["step,data/tokens,perf/accelerator_s,val/bpb_en,val/bpb_zh,val/loss"]
         for step in (steps // 4, steps // 2, 3 * steps // 4, steps):
             loss = 8 - step**0.25 - 0.01 * seed - (0.5 if "moe" in run_dir.parent.name else 0.0)
-            rows.append(f"{step},{10 * step},{loss / 3},{loss / 2},{loss}")
+            seconds = step * SECONDS[run_dir.parent.name] * self.slower
+            rows.append(f"{step},{10 * step},{seconds},{loss / 3},{loss / 2},{loss}")
         run_dir.mkdir()
         (run_dir / "metrics.csv").write_text("\n".join(rows) + "\n")
         (run_dir / "eval").mkdir()
@@ -499,6 +500,18 @@ def test_the_report_holds_all_of_it(study: Study, monkeypatch: pytest.MonkeyPatc
     (study.folder / "report.html").write_text("somebody's own page")
     with pytest.raises(InputError, match="so it stays"):
         write_report(study)
+
+
+@pytest.mark.parametrize(("slower", "is_told"), [(1.05, False), (1.3, True)])
+def test_time_that_was_not_planned_is_told(
+    slower: float, is_told: bool, study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "run_command", Trainings(slower=slower))
+    study.work(lambda text: None, only="dense")
+    write_report(study)
+    text = (study.folder / "study.md").read_text()
+    assert ("small-dense 1.30 times, large-dense 1.30 times" in text) == is_told
+    assert ("Time taken is not what was planned" in text) == is_told
 
 
 def test_a_run_keeps_the_checkpoints_that_are_wanted(tmp_path: Path) -> None:
