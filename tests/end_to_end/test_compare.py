@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from app.cli import main
+from tests.end_to_end.runs import settings
 
 
 def design(folder: Path, world: Path) -> dict[str, object]:
@@ -30,18 +31,7 @@ def design(folder: Path, world: Path) -> dict[str, object]:
                 "class_path": "modules.DenseLM",
                 "init_args": {"optimizer": {"lr": 0.01}, "schedule": {"warmup_steps": 2}},
             },
-            "data": {
-                "class_path": "datamodules.SyntheticWorld",
-                "init_args": {
-                    "root": str(world),
-                    "num_people": 32,
-                    "num_documents": 200,
-                    "vocab_size": 512,
-                    "seq_len": 32,
-                    "batch_size": 4,
-                    "val_samples": 4,
-                },
-            },
+            "data": settings(folder, world)["data"],
             "evaluation": {"suite": "synthetic", "limit": 2, "at_transitions": False},
             "checkpoint": {"every_n_steps": 10},
         },
