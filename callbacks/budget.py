@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import astuple
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -15,14 +15,12 @@ from callbacks.step_clock import clock_of
 from callbacks.warning import warn
 from modules.config import ModelConfig
 from modules.errors import InputError, require_positive
-from modules.functional.budget import RunCost, StageCost, most_steps
+from modules.functional.budget import TOKENS_PER_PARAMETER, Mode, RunCost, StageCost, most_steps
 from modules.functional.flops import count_parameters, training_flops_per_token
 from modules.functional.schedule import Pace
 from modules.growth.stage import GrowthStage
 from modules.language_model import LanguageModel, log_metrics
 
-TOKENS_PER_PARAMETER = 20.0
-"""of a compute-optimal dense model, by Chinchilla (arXiv 2203.15556)"""
 LEAST_MEASURED = 5
 """steps whose median is believed"""
 EARLY = (5, 10, 20)
@@ -44,7 +42,7 @@ class Budget(pl.Callback):
 
     def __init__(
         self,
-        mode: Literal["tokens", "flops", "own_chinchilla", "step_time"] | None = None,
+        mode: Mode | None = None,
         amount: float | None = None,
     ) -> None:
         if (mode is None) != (amount is None) and mode != "own_chinchilla":

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from app.laws.fairseq import speed_up
-from app.study.design import Arm, Mode, option
+from app.study.design import Arm, option
 from app.study.running import Run
 from modules.errors import InputError
-from modules.functional.budget import RunCost
+from modules.functional.budget import Mode, RunCost
 from modules.functional.schedule import ScheduleConfig
 
 Quality = Literal["bpb", "accuracy"]

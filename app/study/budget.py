@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from app.study.design import Mode, StudyBudget
+from app.study.design import StudyBudget
 from modules.errors import InputError
-from modules.functional.budget import RunCost, StageCost, most_steps
+from modules.functional.budget import Mode, RunCost, StageCost, most_steps
 
 
 def cost_of(measurement: dict[str, Any]) -> RunCost:

@@ -10,8 +10,8 @@ import yaml
 from jsonargparse.typing import register_type
 
 from modules.errors import InputError, require_not_negative, require_positive
+from modules.functional.budget import TOKENS_PER_PARAMETER, Mode
 
-Mode = Literal["step_time", "tokens", "flops", "own_chinchilla"]
 Keep = Literal["all", "last", "none"]
 
 
@@ -40,7 +40,7 @@ class ArmOptions:
 class StudyBudget:
     """How long each run is. Everything follows from the anchor's runs, one for each size."""
 
-    tokens_per_parameter: float = 20.0
+    tokens_per_parameter: float = TOKENS_PER_PARAMETER
     """of the anchor, whose parameters without embeddings count"""
     accelerator_seconds: float | dict[str, float] | None = None
     """instead of that: what every run may take, of all devices together; one number, or one for each size"""

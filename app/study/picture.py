@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from app.report.drawing import color_at, new_figure, plain
 from app.report.theme import INK, MARK, SOFT
 from app.study.analysis import Finished, Point, Quality, Spread, front
-from app.study.design import Mode
 from callbacks.step_parts import PARTS, REST
+from modules.functional.budget import Mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,11 +10,11 @@ from app.outputs import check_report
 from app.report.document import document, figure_block
 from app.report.drawing import drawing_style, png_bytes
 from app.study.analysis import Finished, Point, front
-from app.study.design import Mode
 from app.study.picture import study_figure
 from app.study.study import costs_of
 from app.study.tables import Table, mode_table, speed_up_table, step_table
 from modules.files import replace_file
+from modules.functional.budget import Mode
 
 if TYPE_CHECKING:
     from app.study.study import Study

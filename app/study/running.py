@@ -12,13 +12,13 @@ from app.checkpoint_folder import list_checkpoints
 from app.report import words
 from app.study.budget import arm_steps
 from app.study.children import ChildFailed, run_command
-from app.study.design import Arm, Keep, Mode, StudyBudget, option, to_yaml
+from app.study.design import Arm, Keep, StudyBudget, option, to_yaml
 from app.study.locking import held
 from app.study.results import result_of
 from modules.config import MANIFEST
 from modules.errors import InputError
 from modules.files import replace_file
-from modules.functional.budget import RunCost
+from modules.functional.budget import Mode, RunCost
 from modules.functional.schedule import ScheduleConfig
 
 RESULT = "result.json"

@@ -9,8 +9,8 @@ from app.report import words
 from app.report.document import section
 from app.report.document import table as html_table
 from app.study.analysis import Finished, Point, Spread, front
-from app.study.design import Mode
 from callbacks.step_parts import PARTS
+from modules.functional.budget import Mode
 
 TITLES: dict[Mode, str] = {
     "step_time": "At equal accelerator time",

@@ -3,6 +3,12 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+Mode = Literal["step_time", "tokens", "flops", "own_chinchilla"]
+"""What a budget is of: accelerator time, tokens, training FLOPs, or tokens for each of a model's own parameters."""
+TOKENS_PER_PARAMETER = 20.0
+"""of a compute-optimal dense model, by Chinchilla (arXiv 2203.15556)"""
 
 
 @dataclass(frozen=True)
