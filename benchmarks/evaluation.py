@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=tuple(SHOTS))
     for name, default in {"limit": 50, "dim": 256, "layers": 8, "max_batch_tokens": 8192}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    timing.add_common_flags(parser, rounds=5, repeats=1)
+    timing.add_common_flags(parser, rounds=5, repeats=1, warm_up=0)
     flags = parser.parse_args()
     flags.data_mirror = flags.data_mirror.absolute()
     timing.set_up(flags)

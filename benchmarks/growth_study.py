@@ -63,7 +63,7 @@ def measure(plan: Plan, vocab_size: int, rounds: int) -> dict[str, float]:
 
     shapes = {growth_tables.key(shape): shape for arm in all_arms().values() for shape in (arm.start, arm.end)}
     flags = argparse.Namespace(device="cpu", threads=1, rounds=rounds, repeats=3, fresh_batches=True, seed=0)
-    flags.keep_pages, flags.fp32_precision = True, "highest"
+    flags.warm_up, flags.keep_pages, flags.fp32_precision = 5, True, "highest"
     timing.set_up(flags)
     tokens = torch.randint(vocab_size, (plan.batch_size, plan.seq_len + 1))
     runs = {}

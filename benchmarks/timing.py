@@ -29,11 +29,12 @@ PROBE_BYTES = 64 * 2**20
 """glibc gives blocks of more than 32 MiB back to the kernel at every free, whatever it has learnt."""
 
 
-def add_common_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int) -> None:
+def add_common_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int, warm_up: int = 5) -> None:
     """Flags of every benchmark."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds in which every contestant has its turn")
+    parser.add_argument("--warm_up", type=int, default=warm_up, help="rounds before them, which do not count")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed runs in a turn; the fastest counts")
     parser.add_argument("--fp32_precision", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--keep_pages", action=argparse.BooleanOptionalAction, default=True, help="glibc keeps memory")
@@ -56,7 +57,8 @@ def set_up(flags: argparse.Namespace) -> None:
     print(describe_machine(flags.device))
     print(f"fp32 products: {flags.fp32_precision}; {describe_allocator()}")
     clock = "processor time of the one thread" if counts_processor_time(flags.device) else "wall-clock time"
-    turns = f"{flags.rounds} interleaved rounds, the fastest of {flags.repeats} in each turn"
+    turns = f"{flags.rounds} interleaved rounds behind {flags.warm_up} that do not count"
+    turns += f", the fastest of {flags.repeats} in each turn"
     batches = "another batch for every run" if flags.fresh_batches else "one batch for all runs"
     print(f"{turns}, {batches}; {clock}; median (least–most)\n")
 
@@ -158,9 +160,12 @@ def interleave(
 ) -> "Turns":
     """Let every contestant work once in each round, in an order that is drawn anew for every round.
 
+    The first rounds do not count: while the heap grows, and code is made for sizes that have not been met, which is
+    over within the first minute of a training, a MoE step has tens of thousands of page faults (docs/log.md).
+
     Args:
         runs: one piece of work for each name.
-        flags: rounds, repeats of a turn, device, fresh_batches.
+        flags: rounds, warm_up (those before them), repeats of a turn, device, fresh_batches.
         renew: draws another batch; called before every run, and not timed.
         settle: begin each turn with a run that is not timed, for caches and clocks.
     """
@@ -169,12 +174,13 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for number in range(flags.rounds):
+        for number in range(-flags.warm_up, flags.rounds):
             draw.shuffle(order)
             for name in order:
                 seconds, faults = _take_turn(runs[name], flags, renew if flags.fresh_batches else None, settle)
-                turns.seconds[name].append(seconds)
-                turns.faults[name].append(faults)
+                if number >= 0:
+                    turns.seconds[name].append(seconds)
+                    turns.faults[name].append(faults)
             gc.collect()
             if sys.stderr.isatty():
                 print(f"\rround {number + 1} of {flags.rounds} ", end="\r", file=sys.stderr, flush=True)

@@ -69,8 +69,6 @@ def compare(
 ) -> None:
     """The table of one mode."""
     runs: dict[str, Callable[[], object]] = {name: partial(model.step, tokens, mode) for name, model in models.items()}
-    for run in runs.values():
-        run()  # the optimizer's state is made, and what is compiled is compiled
     turns = timing.interleave(runs, flags, partial(tokens.random_, flags.vocab), settle=False)
     rows = []
     for name, model in models.items():

@@ -15,6 +15,8 @@ IGNORE_INDEX = -100
 CACHED_ROWS = 32
 """Rows of logits that go through softmax together on a CPU: 4 MB in float32 at 32,000 words."""
 
+WIDENED_ROWS = 1024
+"""Rows of a product that are added to a wider total together on a CPU, where torch first makes a wide copy of them."""
 
 LossesAndGradient = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 """From logits, targets and a wide type to losses; the logits become the gradient of their sum."""
@@ -25,7 +27,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     One product less than recomputing under a checkpoint, and at most `chunk_rows` x V logits alive at once. The weight
     is cast here, so that its gradient, summed over chunks in float32, reaches a float32 weight without being rounded.
-    Its plain twin is in tests/reference.
+    Backward runs once: a second one (`retain_graph`) is refused by autograd. Its plain twin is in tests/reference.
     """
 
     @staticmethod
@@ -43,17 +45,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses_T = torch.empty(len(targets_T), dtype=wide, device=hidden_TD.device)
         hidden_grad = torch.empty_like(hidden_TD) if wants_hidden else None
         weight_grad = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
+        logits_CV = hidden_TD.new_empty(min(chunk_rows, len(targets_T)), len(weight_VD))  # one for all chunks
         counts_T1 = (targets_T != IGNORE_INDEX)[:, None]
         for start in range(0, len(targets_T), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = hidden_TD[rows] @ weight_VD.T
+            logits = torch.mm(hidden_TD[rows], weight_VD.T, out=logits_CV[: len(targets_T[rows])])
             losses_T[rows] = losses_and_gradient(logits, targets_T[rows], wide)
             slope = logits  # which is now the gradient, but for rows that count for nothing
             if hidden_grad is not None:
                 torch.mm(slope, weight_VD, out=hidden_grad[rows]).mul_(counts_T1[rows])
             if weight_grad is not None:
-                counted = hidden_TD[rows] * counts_T1[rows]
-                weight_grad.addmm_(slope.T, counted) if slope.dtype == wide else weight_grad.add_(slope.T @ counted)
+                _add_product(weight_grad, slope.T, hidden_TD[rows] * counts_T1[rows])
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(losses_T)
         return losses_T.sum(), losses_T
@@ -62,14 +64,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         scale = grads[0]
-        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad, weight_grad = ctx.saved_tensors  # which are scaled where they lie, and so can be had once
         return (
-            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
-            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
+            None if hidden_grad is None else hidden_grad.mul_(scale.to(hidden_grad.dtype)),
+            None if weight_grad is None else weight_grad.mul_(scale).to(ctx.weight_dtype),
             None,
             None,
             None,
         )
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product to a total that may be wider."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    step = WIDENED_ROWS if total.device.type == "cpu" else len(total)
+    for part, rows in zip(total.split(step), (left @ right).split(step), strict=True):
+        part.add_(rows)
 
 
 def losses_and_gradient(logits_TV: Tensor, targets_T: Tensor, wide: torch.dtype) -> Tensor:

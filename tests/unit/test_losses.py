@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modules.functional.losses import IGNORE_INDEX, linear_cross_entropy
+from modules.functional.losses import IGNORE_INDEX, linear_cross_entropy, losses_and_gradient
 from tests.conftest import TOLERANCE
 
 
@@ -60,17 +60,21 @@ def test_losses_where_probabilities_underflow() -> None:
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_no_more_than_a_chunk_of_logits_is_alive(chunk: int) -> None:
-    largest = 0
-    original = torch.Tensor.__matmul__
+    hidden, weight, targets = torch.randn(64, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (64,))
+    buffers = set()
 
-    def watching(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        nonlocal largest
-        largest = max(largest, self.shape[0])
-        return original(self, *args, **kwargs)
+    def watched(logits: torch.Tensor, targets: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+        buffers.add((logits.untyped_storage().data_ptr(), logits.untyped_storage().nbytes()))
+        return losses_and_gradient(logits, targets, wide)
 
-    torch.Tensor.__matmul__ = watching
-    try:
-        linear_cross_entropy(torch.randn(64, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (64,)), chunk)
-    finally:
-        torch.Tensor.__matmul__ = original
-    assert largest == chunk
+    linear_cross_entropy(hidden, weight, targets, chunk, watched)
+    (buffer,) = buffers  # of all chunks
+    assert buffer[1] == chunk * 9 * 4
+
+
+def test_gradients_can_be_had_once() -> None:
+    hidden, targets = torch.randn(5, 4, requires_grad=True), torch.randint(9, (5,))
+    total, _ = linear_cross_entropy(hidden, torch.randn(9, 4), targets)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
