@@ -23,7 +23,7 @@ LossesAndGradient = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are formed chunk by chunk in the forward pass, so that no chunk's logits outlive it.
+    """Gradients are formed chunk by chunk in the forward pass, so that all chunks' logits can have one buffer.
 
     One product less than recomputing under a checkpoint, and at most `chunk_rows` x V logits alive at once. The weight
     is cast here, so that its gradient, summed over chunks in float32, reaches a float32 weight without being rounded.
@@ -45,7 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses_T = torch.empty(len(targets_T), dtype=wide, device=hidden_TD.device)
         hidden_grad = torch.empty_like(hidden_TD) if wants_hidden else None
         weight_grad = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
-        logits_CV = hidden_TD.new_empty(min(chunk_rows, len(targets_T)), len(weight_VD))  # one for all chunks
+        logits_CV = hidden_TD.new_empty(min(chunk_rows, len(targets_T)), len(weight_VD))
         counts_T1 = (targets_T != IGNORE_INDEX)[:, None]
         for start in range(0, len(targets_T), chunk_rows):
             rows = slice(start, start + chunk_rows)
