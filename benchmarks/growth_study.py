@@ -62,8 +62,9 @@ def measure(plan: Plan, vocab_size: int, rounds: int) -> dict[str, float]:
     from modules.layers.transformer import Transformer
 
     shapes = {growth_tables.key(shape): shape for arm in all_arms().values() for shape in (arm.start, arm.end)}
-    flags = argparse.Namespace(device="cpu", threads=1, rounds=rounds, repeats=3, fresh_batches=True, seed=0)
-    flags.warm_up, flags.keep_pages, flags.fp32_precision = 5, True, "highest"
+    parser = argparse.ArgumentParser()
+    timing.add_common_flags(parser, rounds, repeats=3)
+    flags = parser.parse_args([])
     timing.set_up(flags)
     tokens = torch.randint(vocab_size, (plan.batch_size, plan.seq_len + 1))
     runs = {}

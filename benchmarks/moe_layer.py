@@ -124,7 +124,7 @@ def too_large(name: str, shape: LayerShape, tokens: int, mode: str, device: str)
         return None
     width = 4 if mode == "fp32" else 2 if mode == "bf16" else 6
     needed = tokens * shape.top_k * 6 * shape.dim * shape.expert_dim * width  # three matrices, and their gradients
-    if needed < 0.75 * timing.available_bytes(device):
+    if timing.has_room(needed, device):
         return None
     return f"{name}: left out, its copies of weights for every row would take about {needed / 2**30:.0f} GiB"
 

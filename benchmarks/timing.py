@@ -32,10 +32,10 @@ PROBE_BYTES = 64 * 2**20
 def add_common_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int, warm_up: int = 5) -> None:
     """Flags of every benchmark."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch on the CPU")
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds in which every contestant has its turn")
-    parser.add_argument("--warm_up", type=int, default=warm_up, help="rounds before them, which do not count")
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed runs in a turn; the fastest counts")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="threads of torch on the CPU")
+    parser.add_argument("--rounds", type=at_least(1), default=rounds, help="rounds of turns that count")
+    parser.add_argument("--warm_up", type=at_least(0), default=warm_up, help="rounds before them, which do not count")
+    parser.add_argument("--repeats", type=at_least(1), default=repeats, help="timed runs in a turn; the fastest counts")
     parser.add_argument("--fp32_precision", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--keep_pages", action=argparse.BooleanOptionalAction, default=True, help="glibc keeps memory")
     parser.add_argument(
@@ -45,6 +45,18 @@ def add_common_flags(parser: argparse.ArgumentParser, rounds: int, repeats: int,
         help="every run has another batch, as in training: loads of experts differ, and code is made for them",
     )
     parser.add_argument("--seed", type=int, default=0)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of a flag that must not be smaller."""
+
+    def whole_number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return whole_number
 
 
 def set_up(flags: argparse.Namespace) -> None:
@@ -108,12 +120,14 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.processor()} ({', '.join(extensions) or platform.machine()})"
 
 
-def available_bytes(device: str) -> int:
-    """Memory that can still be taken."""
+def has_room(num_bytes: float, device: str) -> bool:
+    """Whether so many bytes can be taken; a quarter of the memory is left for everything that was not counted."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        available = torch.cuda.mem_get_info()[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return num_bytes < 0.75 * available
 
 
 def synchronize(device: str) -> None:
