@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import torch
 
 from benchmarks import timing
 
@@ -30,6 +31,7 @@ def test_counts_that_mean_nothing_are_refused(words: tuple[str, str], capsys: py
     assert f"argument {words[0]}: {words[1]} is below" in capsys.readouterr().err
 
 
-def test_a_quarter_of_the_memory_is_left() -> None:
-    assert timing.has_room(2**20, "cpu")
-    assert not timing.has_room(2**60, "cpu")
+def test_a_quarter_of_the_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 400))
+    assert timing.has_room(74, "cuda") and not timing.has_room(76, "cuda")
+    assert timing.has_room(2**20, "cpu") and not timing.has_room(2**60, "cpu")
