@@ -1,16 +1,13 @@
 """Where a routed-expert layer of ours spends its time: its parts clocked, forward and backward, inside a whole run."""
 
-import functools
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.timing import now
+from callbacks.step_parts import REST, PartClock, Spot, clocked_functions
 from modules.layers.experts import RoutedExperts
 
 PIECES = ("routing", "sorting", "dispatch", "experts", "combine")
@@ -18,82 +15,6 @@ PIECES = ("routing", "sorting", "dispatch", "experts", "combine")
 
 Pieces = dict[tuple[str, str], float]
 """Seconds of a piece in a direction."""
-
-
-class PieceClock:
-    """Seconds of each piece and direction; a piece's backward runs from its outputs' gradients to its inputs'."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
-        self._last = 0.0
-
-    def start(self) -> None:
-        """The next `stop` counts from here."""
-        self._last = now(self.device)
-
-    def stop(self, piece: str, direction: str) -> None:
-        """Add what has passed since the last start or stop."""
-        time = now(self.device)
-        self.seconds[piece, direction] += time - self._last
-        self._last = time
-
-    def watch(self, piece: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, clocked."""
-
-        @functools.wraps(function)
-        def clocked(*args: Any, **kwargs: Any) -> Any:
-            args = tuple(_Mark.apply(arg, self, piece, False) if _has_grad(arg) else arg for arg in args)
-            self.start()
-            result = function(*args, **kwargs)
-            self.stop(piece, "forward")
-            return _Mark.apply(result, self, piece, True) if _has_grad(result) else result
-
-        return clocked
-
-
-class _Mark(torch.autograd.Function):
-    """The identity; in backward it starts or stops the clock of a piece."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, clock: PieceClock, piece: str, starts: bool) -> Tensor:
-        ctx.clock, ctx.piece, ctx.starts = clock, piece, starts
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.starts:
-            ctx.clock.start()
-        else:
-            ctx.clock.stop(ctx.piece, "backward")
-        return grads[0], None, None, None
-
-
-def _has_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-@contextmanager
-def watched(layer: RoutedExperts, clock: PieceClock) -> Iterator[None]:
-    """Clock the parts of one layer for the time of the context."""
-    spots: list[tuple[Any, str, str]] = [
-        (sys.modules[type(layer.router).__module__], "dispatch_all", "sorting"),
-        (layer.dispatcher, "dispatch", "dispatch"),
-        (layer.experts, "forward", "experts"),
-        (layer.dispatcher, "combine", "combine"),
-    ]
-    spots = [spot for spot in spots if hasattr(spot[0], spot[1])]
-    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in spots]
-    for owner, name, piece in spots:
-        setattr(owner, name, clock.watch(piece, getattr(owner, name)))
-    try:
-        yield
-    finally:
-        for owner, name, own in before:
-            if own is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
 
 
 def clock_run(layer: RoutedExperts, forward: Callable[[], Tensor], device: str) -> Pieces:
@@ -104,19 +25,34 @@ def clock_run(layer: RoutedExperts, forward: Callable[[], Tensor], device: str) 
         forward: gives the loss; gradients of the layer are set to None here.
         device: cpu or cuda.
     """
-    clock = PieceClock(device)
+    clock = PartClock(torch.device(device), lambda _: now(device))
     layer.zero_grad(set_to_none=True)
-    with watched(layer, clock):
-        start = now(device)
+    seconds: Pieces = {}
+
+    def take(direction: str) -> None:
+        clock.switch(REST)
+        for part, value in clock.seconds.items():
+            seconds["routing" if part == REST else part, direction] = value
+        seconds["whole", direction] = sum(clock.seconds.values())
+        clock.seconds.clear()
+
+    with clocked_functions(_spots(layer), clock):
+        clock.start()
         loss = forward()
-        middle = now(device)
+        take("forward")
         loss.backward()
-        whole = {"forward": middle - start, "backward": now(device) - middle}
-    for direction, seconds in whole.items():
-        others = sum(clock.seconds[piece, direction] for piece in PIECES if piece != "routing")
-        clock.seconds["whole", direction] = seconds
-        clock.seconds["routing", direction] = seconds - others
-    return dict(clock.seconds)
+        take("backward")
+    return seconds
+
+
+def _spots(layer: RoutedExperts) -> list[Spot]:
+    """The functions that are clocked; expert choice sorts elsewhere."""
+    return [
+        (sys.modules[type(layer.router).__module__], "dispatch_all", "sorting"),
+        (layer.dispatcher, "dispatch", "dispatch"),
+        (layer.experts, "forward", "experts"),
+        (layer.dispatcher, "combine", "combine"),
+    ]
 
 
 def fastest(runs: Sequence[Pieces]) -> Pieces:

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,27 +20,35 @@ PARTS = ("attention", "feed-forward", "routing", "expert products", "loss", "opt
 """Routing is a routed layer without its experts' products: scores, choice, dispatch and combination. The optimizer is
 clipping and the update. The rest is the embedding, norms, residual sums, routing losses and what Python does."""
 
+Spot = tuple[Any, str, str]
+"""Owner and name of a function that is clocked, and its part."""
+
 
 class PartClock:
     """Seconds of each part; at any time exactly one part is under way.
 
     A part's backward runs from its outputs' gradients to its inputs'. On a GPU every change of parts waits for the
     device: a step that is clocked takes longer than another one, and only shares should be read from it.
+
+    Args:
+        device: what is waited for.
+        read: the time in seconds, after waiting for the device; `now` when left out.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, read: Callable[[torch.device], float] | None = None) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
         self.current = REST
+        self._read = read or now
         self._last = 0.0
 
     def start(self) -> None:
         """Count from here."""
-        self._last, self.current = now(self.device), REST
+        self._last, self.current = self._read(self.device), REST
 
     def switch(self, part: str) -> str:
         """From here on the time is another part's; returns the former one."""
-        moment = now(self.device)
+        moment = self._read(self.device)
         self.seconds[self.current] += moment - self._last
         self._last, former, self.current = moment, self.current, part
         return former
@@ -109,9 +117,7 @@ def watched(network: Transformer, clock: PartClock, is_alone: bool) -> Iterator[
         network: not compiled (see `can_be_watched`).
         is_alone: no other process trains with this one, so that nothing is communicated.
     """
-    with ExitStack() as stack:
-        for owner, name, part in _spots(network):
-            stack.enter_context(_replaced(owner, name, clock.watch(part, getattr(owner, name))))
+    with clocked_functions(_spots(network), clock), ExitStack() as stack:
         if not is_alone:
             stack.enter_context(_Collectives(clock))
         yield
@@ -122,8 +128,8 @@ def can_be_watched(network: Transformer) -> bool:
     return not any(getattr(block, "_compiled_call_impl", None) for block in network.blocks)
 
 
-def _spots(network: Transformer) -> Iterator[tuple[Any, str, str]]:
-    """Owner and name of each function that is clocked, and its part."""
+def _spots(network: Transformer) -> Iterator[Spot]:
+    """The functions of a network that are clocked."""
     for block in network.blocks:
         assert isinstance(block, Block)
         layer = block.feed_forward
@@ -139,12 +145,20 @@ def _spots(network: Transformer) -> Iterator[tuple[Any, str, str]]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    setattr(owner, name, function)
+def clocked_functions(spots: Iterable[Spot], clock: PartClock) -> Iterator[None]:
+    """Clock functions for the time of the context."""
+    before = []
     try:
+        for owner, name, part in spots:
+            before.append((owner, name, vars(owner).get(name)))
+            setattr(owner, name, clock.watch(part, getattr(owner, name)))
         yield
     finally:
-        delattr(owner, name)
+        for owner, name, own in reversed(before):
+            if own is None:  # it is its class's
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
 
 
 def now(device: torch.device) -> float:
